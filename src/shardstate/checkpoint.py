@@ -1,0 +1,346 @@
+"""Opens what lies at a path: an ordinary checkpoint, a set of ours, or one that vLLM wrote.
+
+Only headers and small JSON files are read. What is asked for later is checked when it is asked for.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from shardstate.catalog import INDEX_NAME, Catalog, catalog_of, parse_index
+from shardstate.digest import digest_of, fingerprint, sample_ranges
+from shardstate.errors import CatalogError, InputError, SetError, UsageError
+from shardstate.header import PREFIX_BYTES, Header, header_length, parse_header
+from shardstate.manifest import (
+    MAX_JSON_BYTES,
+    Manifest,
+    PartEntry,
+    Record,
+    SetInfo,
+    parse_manifest,
+    parse_record,
+)
+from shardstate.names import (
+    CONFIG,
+    DEFAULT_PATTERN,
+    MANIFEST,
+    Pattern,
+    check_pattern,
+    record_name,
+    record_rank,
+)
+from shardstate.sharding import Topology
+from shardstate.storage import Storage
+
+_MAX_CONFIG_BYTES = 64 << 20
+_MAX_INDEX_BYTES = 256 << 20
+_PICKLES = (".bin", ".pt", ".pth", ".gguf", ".h5")
+
+
+@dataclass
+class Checkpoint:
+    """An open checkpoint. `close` it, or use it as a context."""
+
+    storage: Storage
+    kind: str  # "checkpoint", "shardstate" or "vllm"
+    topology: Topology | None = None  # of a set
+    catalog: Catalog | None = None  # of an ordinary checkpoint
+    manifest: Manifest | None = None
+    parts: Mapping[int, tuple[str, ...]] = field(
+        default_factory=dict
+    )  # of vLLM's own sets, by rank
+    bytes_meta: int = 0  # headers and JSON read so far
+    _records: dict[int, tuple[Record, bytes]] = field(default_factory=dict)
+    _catalogs: dict[int, Catalog] = field(default_factory=dict)
+
+    @property
+    def location(self) -> str:
+        return self.storage.location
+
+    @property
+    def committed(self) -> bool | None:
+        """Whether a set has its manifest; None for what never has one."""
+        return self.manifest is not None if self.kind == "shardstate" else None
+
+    @property
+    def info(self) -> SetInfo | None:
+        """What a set of ours says of itself."""
+        if self.manifest is not None:
+            return self.manifest.info
+        return next((record.info for record, _ in self._records.values()), None)
+
+    @property
+    def set_id(self) -> str | None:
+        """The id of a set of ours."""
+        if self.manifest is not None:
+            return self.manifest.set
+        return next((record.set for record, _ in self._records.values()), None)
+
+    @property
+    def stage(self) -> str:
+        return self.info.stage if self.info else "kernel" if self.kind == "vllm" else "checkpoint"
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """The global ranks whose files are there."""
+        if self.manifest is not None:
+            return tuple(range(self.manifest.info.shape.world))
+        return tuple(sorted(self._records or self.parts))
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the files."""
+        self.storage.close()
+
+    def record(self, rank: int) -> Record:
+        """Return the record of `rank`, in agreement with manifest or all other records."""
+        if rank not in self._records:
+            name = record_name(rank)
+            data = self.storage.read(name, limit=MAX_JSON_BYTES)
+            self.bytes_meta += len(data)
+            self._records[rank] = parse_record(data, file=name, rank=rank), data
+        record, data = self._records[rank]
+        if self.manifest is not None:
+            entry = next(f for f in self.manifest.files if f.name == record_name(rank))
+            if record.set != self.manifest.set or entry.digest != digest_of(data):
+                raise SetError(
+                    f"{record_name(rank)}: is of set {record.set}, digest {digest_of(data)}; "
+                    f"{MANIFEST} expects set {self.manifest.set}, digest {entry.digest}: the set "
+                    f"is being replaced or was left half-replaced; shard again with --force",
+                    file=record_name(rank),
+                )
+        return record
+
+    def rank_catalog(self, rank: int) -> Catalog:
+        """Return the tensors of one rank of a set; size, header, rank and set of each file fit."""
+        if rank not in self._catalogs:
+            if self.kind == "vllm":
+                files = [(name, *self.header(name)[:2]) for name in self.parts[rank]]
+            else:
+                record = self.record(rank)
+                files = [
+                    (entry.name, entry.bytes, self.part_header(entry, record, part))
+                    for part, entry in enumerate(record.files)
+                ]
+            self._catalogs[rank] = catalog_of(files, weight_map=None)
+        return self._catalogs[rank]
+
+    def part_header(self, entry: PartEntry, record: Record, part: int) -> Header:
+        """Return the header of a rank file that fits its record, or raise `InputError`."""
+        nbytes = self.storage.size(entry.name)
+        if nbytes != entry.bytes:
+            raise SetError(
+                f"{entry.name}: has {nbytes} bytes, its rank's record says {entry.bytes}; "
+                f"{'truncated' if nbytes < entry.bytes else 'replaced'}: copy it again",
+                file=entry.name,
+            )
+        _, header, raw = self.header(entry.name)
+        if (found := digest_of(raw)) != entry.header:
+            raise SetError(
+                f"{entry.name}: its header has digest {found}, its rank's record says "
+                f"{entry.header}; damaged or of another set: copy it again",
+                file=entry.name,
+            )
+        want = {"set": record.set, "rank": str(record.rank), "part": str(part)}
+        for key, value in want.items():
+            if header.metadata.get(key) != value:
+                raise SetError(
+                    f"{entry.name}: its header says {key} {header.metadata.get(key)!r}, expected "
+                    f"{value!r}; files were swapped",
+                    file=entry.name,
+                )
+        if len(header.names) != len(entry.blocks):
+            raise SetError(f"{record_name(record.rank)}: digests do not fit {entry.name}")
+        return header
+
+    def header(self, name: str) -> tuple[int, Header, bytes]:
+        """Return size, header and the header's bytes (prefix included) of a safetensors file."""
+        size, raw = read_header_bytes(self.storage, name)
+        self.bytes_meta += len(raw)
+        return size, parse_header(raw[PREFIX_BYTES:], file=name, file_bytes=size), raw
+
+    def config(self) -> dict[str, Any] | None:
+        """Return the model's `config.json`, or None where there is none."""
+        raw = self.config_bytes()
+        if not raw:
+            return None
+        try:
+            found = json.loads(raw)
+        except (ValueError, RecursionError) as error:
+            raise InputError(
+                f"{CONFIG}: is not JSON: {error}; fetch it again", file=CONFIG
+            ) from None
+        if not isinstance(found, dict):
+            raise InputError(f"{CONFIG}: is no JSON object; fetch it again", file=CONFIG)
+        return found
+
+    def config_bytes(self) -> bytes:
+        """Return the bytes of `config.json`; none where there is none."""
+        if CONFIG not in self.storage.entries():
+            return b""
+        data = self.storage.read(CONFIG, limit=_MAX_CONFIG_BYTES)
+        self.bytes_meta += len(data)
+        return data
+
+    def fingerprint(self) -> str:
+        """Return the fingerprint of an ordinary checkpoint."""
+        assert self.catalog is not None
+
+        def files() -> Iterator[tuple[str, int, bytes, Iterator[bytes]]]:
+            assert self.catalog is not None
+            for name in self.catalog.files:
+                size, raw = read_header_bytes(self.storage, name)
+                yield name, size, raw, self._samples(name, len(raw), size)
+
+        return fingerprint(self.config_bytes(), files())
+
+    def _samples(self, name: str, data_begin: int, size: int) -> Iterator[bytes]:
+        for begin, end in sample_ranges(data_begin, size):
+            sample = bytearray(end - begin)
+            self.storage.read_into(name, begin, [memoryview(sample)])
+            yield bytes(sample)
+
+
+def read_header_bytes(storage: Storage, name: str) -> tuple[int, bytes]:
+    """Return a file's size and its header with the length prefix."""
+    size = storage.size(name)
+    prefix = bytearray(min(PREFIX_BYTES, size))
+    storage.read_into(name, 0, [memoryview(prefix)])
+    length = header_length(bytes(prefix), file=name, file_bytes=size)
+    raw = bytearray(length)
+    storage.read_into(name, PREFIX_BYTES, [memoryview(raw)])
+    return size, bytes(prefix + raw)
+
+
+def open_checkpoint(storage: Storage, *, pattern: str | None) -> Checkpoint:
+    """Return what `storage` holds; `InputError` if that is no checkpoint.
+
+    `pattern` names the rank files of a set that vLLM wrote with one of its own.
+    """
+    names = storage.entries()
+    records = sorted(rank for name in names if (rank := record_rank(name)) is not None)
+    if MANIFEST in names or records:
+        found = _open_set(storage, has_manifest=MANIFEST in names, records=records)
+        info = found.info
+        assert info is not None
+        if pattern is not None and pattern != info.pattern:
+            raise UsageError(f"pattern {pattern!r} contradicts the set's {info.pattern!r}")
+        return found
+    template = check_pattern(pattern or DEFAULT_PATTERN, tp=1)
+    if grouped := group_parts(storage, names, template):
+        return _open_vllm(storage, grouped)
+    if pattern is not None:
+        raise InputError(f"{storage.location}: holds no file of the pattern {pattern!r}")
+    return _open_ordinary(storage, list(names))
+
+
+def _open_set(storage: Storage, *, has_manifest: bool, records: list[int]) -> Checkpoint:
+    found = Checkpoint(storage, "shardstate")
+    if has_manifest:
+        data = storage.read(MANIFEST, limit=MAX_JSON_BYTES)
+        found.bytes_meta += len(data)
+        found.manifest = parse_manifest(data, file=MANIFEST)
+    else:
+        read = [found.record(rank) for rank in records]
+        for record in read[1:]:
+            if record.set != read[0].set or not record.info.agrees(read[0].info):
+                raise SetError(
+                    f"{storage.location}: has no {MANIFEST}, and the records of ranks "
+                    f"{read[0].rank} and {record.rank} are of two sets ({read[0].set} and "
+                    f"{record.set}): the set is being replaced or was left half-replaced; "
+                    f"finish or repeat what wrote it",
+                    file=record_name(record.rank),
+                )
+    assert found.info is not None
+    found.topology = found.info.shape
+    return found
+
+
+def group_parts(
+    storage: Storage, names: Iterable[str], template: Pattern
+) -> dict[int, tuple[str, ...]]:
+    """Return rank → its files in order for a set without records; `CatalogError` for a hole."""
+    parts = {place: name for name in names if (place := template.parse(name)) is not None}
+    grouped: dict[int, tuple[str, ...]] = {}
+    for rank in range(max((rank for rank, _ in parts), default=-1) + 1):
+        numbers = sorted(part for r, part in parts if r == rank)
+        absent = sorted(set(range((numbers or [0])[-1] + 1)) - set(numbers))
+        if absent:
+            raise CatalogError(
+                f"{storage.location}: {template.name(rank, absent[0])} is missing between the "
+                f"files that are there; copy it, or save the set again",
+                file=template.name(rank, absent[0]),
+            )
+        grouped[rank] = tuple(parts[rank, part] for part in numbers)
+    return grouped
+
+
+def ordinary_files(
+    storage: Storage, names: Sequence[str]
+) -> tuple[list[str], Mapping[str, str] | None, int]:
+    """Return the weight files that count, the index if there is one, and the bytes read for it."""
+    if INDEX_NAME in names:
+        data = storage.read(INDEX_NAME, limit=_MAX_INDEX_BYTES)
+        weight_map = parse_index(data)
+        files = sorted(set(weight_map.values()))
+        if absent := [name for name in files if name not in names]:
+            raise CatalogError(
+                f"{storage.location}: {INDEX_NAME} names {absent[0]}, which is not there"
+                f"{f' (and {len(absent) - 1} more)' if len(absent) > 1 else ''}; fetch it again",
+                file=absent[0],
+            )
+        return files, weight_map, len(data)
+    if "model.safetensors" in names:
+        return ["model.safetensors"], None, 0
+    files = [name for name in names if name.endswith(".safetensors")]
+    if not files:
+        pickles = [name for name in names if name.endswith(_PICKLES)]
+        what = f"only {pickles[0]}" if pickles else "none of them" if names else "nothing"
+        advice = (
+            "convert the weights to safetensors first (save_pretrained does)"
+            if pickles
+            else "check the path"
+        )
+        raise InputError(
+            f"{storage.location}: expected model.safetensors, {INDEX_NAME} or a sharded set, "
+            f"found {what}; {advice}"
+        )
+    return files, None, 0
+
+
+def refuse_unlisted(name: str, header: Header) -> None:
+    """Raise `SetError` for a file that carries the mark of a set where no record is."""
+    if "shardstate" in header.metadata:
+        raise SetError(
+            f"{name}: is a file of a shardstate set, and no record lists it: what wrote it was "
+            f"interrupted; run it again",
+            file=name,
+        )
+
+
+def _open_vllm(storage: Storage, grouped: dict[int, tuple[str, ...]]) -> Checkpoint:
+    found = Checkpoint(storage, "vllm", Topology(len(grouped)), parts=grouped)
+    refuse_unlisted(grouped[0][0], found.header(grouped[0][0])[1])
+    return found
+
+
+def _open_ordinary(storage: Storage, names: Sequence[str]) -> Checkpoint:
+    found = Checkpoint(storage, "checkpoint")
+    files, weight_map, found.bytes_meta = ordinary_files(storage, names)
+    headers: list[tuple[str, int, Header]] = []
+    for name in files:
+        size, header, _ = found.header(name)
+        refuse_unlisted(name, header)
+        headers.append((name, size, header))
+    found.catalog = catalog_of(headers, weight_map=weight_map)
+    if not len(found.catalog):
+        raise CatalogError(f"{storage.location}: its files hold no tensor", file=files[0])
+    return found

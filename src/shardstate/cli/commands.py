@@ -1,0 +1,178 @@
+"""The commands: arguments in, one call of the API, output out."""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+import shardstate
+from shardstate import api
+from shardstate.cli.progress import progress_bar
+from shardstate.names import DEFAULT_PATTERN
+from shardstate.report import Report
+
+_CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+_DTYPES = click.Choice(["keep", "bf16", "f16", "f32"])
+
+
+def _ranks(text: str) -> tuple[int, ...]:
+    """Return the ranks of a list such as `0,3` or `0-3`."""
+    found: set[int] = set()
+    for item in text.split(","):
+        first, _, last = item.partition("-")
+        if not first.isdecimal() or not (last or first).isdecimal() or int(last or first) >= 2**20:
+            raise click.BadParameter(f"{text!r} is no list of ranks, such as 0,3")
+        found.update(range(int(first), int(last or first) + 1))
+    return tuple(sorted(found))
+
+
+@click.group(context_settings=_CONTEXT, no_args_is_help=True)
+@click.version_option(shardstate.__version__, prog_name="shardstate")
+def cli() -> None:
+    """Gets the weights of large models into workers.
+
+    Shards checkpoints by tensor-parallel rank, loads a rank reading only its bytes, and verifies
+    what is stored. PATH is a directory.
+
+    Exit status: 0 done, 1 damage found, 2 bad usage or input, 3 storage failed, 4 bug, 130 Ctrl-C.
+    """
+
+
+def _common(command: Callable[..., Report]) -> Callable[..., int]:
+    """Add the options that every command has, and print the report that it returns."""
+
+    @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+    @click.option("--quiet", is_flag=True, help="Print neither results nor progress.")
+    @click.option("--debug", is_flag=True, help="Log more, and show tracebacks.")
+    @click.option(
+        "--threads", type=click.IntRange(1, 1024), help="Threads that read or write at once."
+    )
+    @functools.wraps(command)
+    def wrapped(as_json: bool, quiet: bool, debug: bool, **arguments: Any) -> int:
+        level = logging.DEBUG if debug else logging.ERROR if quiet else logging.WARNING
+        logging.basicConfig(stream=sys.stderr, level=level, format="%(message)s", force=True)
+        with progress_bar(enabled=not quiet) as progress:
+            report = command(progress=progress, **arguments)
+        if as_json:
+            click.echo(json.dumps(report.json()))
+        elif not quiet:
+            # Imported here: rich takes as long as everything else together.
+            from shardstate.cli import show
+
+            name = click.get_current_context().info_name
+            show.print_report(str(name), arguments, report)
+        return 1 if report.problems else 0
+
+    return wrapped
+
+
+def _path(name: str = "path") -> Callable[[Any], Any]:
+    return click.argument(name, metavar=name.upper())
+
+
+_rules = click.option("--rules", metavar="FILE", help="Split rules of your own (JSON).")
+_layout = click.option(
+    "--layout",
+    type=click.Choice(["auto", "rules"]),
+    default="auto",
+    show_default=True,
+    callback=lambda _context, _option, _value: "rules",  # all that auto can choose from
+    help="rules: names as in the source, split by rules.",
+)
+_dtype = click.option(
+    "--dtype",
+    type=_DTYPES,
+    default="keep",
+    show_default=True,
+    help="Convert every tensor of plain floats.",
+)
+_pattern = click.option(
+    "--pattern", metavar="P", help=f"Names of rank files  [default: {DEFAULT_PATTERN}]"
+)
+
+
+@cli.command()
+@_path()
+@click.option("--tensors", is_flag=True, help="List every tensor.")
+@_pattern
+@_common
+def inspect(**arguments: Any) -> Report:
+    """Say what PATH holds: topology, stage, sizes by dtype and rank."""
+    del arguments["threads"], arguments["progress"]  # headers are read at once
+    return api.inspect(**arguments)
+
+
+@cli.command()
+@_path("src")
+@click.option("--tp", type=click.IntRange(min=1), metavar="N", help="Tensor-parallel ranks.")
+@click.option("--rank", type=click.IntRange(min=0), metavar="R", required=True)
+@_layout
+@_rules
+@_dtype
+@_pattern
+@_common
+def plan(src: str, **arguments: Any) -> Report:
+    """Show what loading one rank of SRC would read, without reading a weight."""
+    del arguments["threads"], arguments["progress"]  # nothing is read
+    return api.plan(src, **arguments)
+
+
+@cli.command()
+@_path("src")
+@_path("dst")
+@click.option(
+    "--tp", type=click.IntRange(min=1), metavar="N", required=True, help="Tensor-parallel ranks."
+)
+@_layout
+@_rules
+@_dtype
+@_pattern
+@click.option(
+    "--max-part-size",
+    default=api.MAX_PART_SIZE,
+    show_default=True,
+    metavar="SIZE",
+    help="Tensor bytes in one file; 5GB is 5·10⁹, 5GiB is 5·2³⁰.",
+)
+@click.option("--ranks", type=_ranks, metavar="R,…", help="Write these ranks only, such as 0,3.")
+@click.option("--force", is_flag=True, help="Replace the set that is there.")
+@click.option("--dry-run", is_flag=True, help="Print the planned figures and write nothing.")
+@_common
+def shard(src: str, dst: str, **arguments: Any) -> Report:
+    """Write rank files of SRC into DST, in one pass; an interrupted run goes on where it was."""
+    return api.shard(src, dst, **arguments)
+
+
+@cli.command()
+@_path()
+@click.option("--rank", type=click.IntRange(min=0), metavar="R", required=True)
+@click.option(
+    "--tp", type=click.IntRange(min=1), metavar="N", help="Ranks that share an ordinary checkpoint."
+)
+@_layout
+@_rules
+@_dtype
+@_pattern
+@click.option("--verify", is_flag=True, help="Compare digests while reading.")
+@_common
+def load(path: str, **arguments: Any) -> Report:
+    """Read one rank into memory and time it: from a set, or from an ordinary checkpoint."""
+    return api.load_rank(path, **arguments)[1]
+
+
+@cli.command()
+@_path()
+@click.option("--full", is_flag=True, help="Hash all data too.")
+@click.option("--against", metavar="SRC", help="Compare with the source; implies --full.")
+@click.option("--ranks", type=_ranks, metavar="R,…", help="Check these ranks only, such as 0,3.")
+@_pattern
+@_common
+def verify(path: str, **arguments: Any) -> Report:
+    """Check sizes, names, headers and digests of PATH; list all problems."""
+    return api.verify(path, **arguments)

@@ -1,0 +1,405 @@
+"""Writes a set: what may be replaced, what is finished already, and the order that keeps it whole.
+
+The order, each step synced: remove the manifest; remove the rank's record and provenance; write
+parts under temporary names and rename; remove the rank's other old parts; companions; provenance;
+record; manifest when all records are there. See `docs/format.md`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import msgspec
+
+from shardstate.checkpoint import read_header_bytes
+from shardstate.digest import digest_of
+from shardstate.errors import InputError, SetError, StorageError, TargetError
+from shardstate.header import PREFIX_BYTES, parse_header
+from shardstate.manifest import (
+    MAX_JSON_BYTES,
+    VERSION,
+    Manifest,
+    PartEntry,
+    Record,
+    Sealed,
+    SetInfo,
+    SmallFile,
+    decode,
+    manifest_json,
+    manifest_of,
+    parse_manifest,
+    parse_record,
+    record_json,
+    seal,
+    unseal,
+)
+from shardstate.names import (
+    COMPANION_BYTES,
+    DEFAULT_PATTERN,
+    MANIFEST,
+    OURS,
+    SIGNATURE,
+    Pattern,
+    check_pattern,
+    is_companion,
+    note_name,
+    provenance_name,
+    provenance_rank,
+    record_name,
+    record_rank,
+)
+from shardstate.parts import PartFile
+from shardstate.storage import Entry, Storage, Writable
+
+_log = logging.getLogger("shardstate")
+
+Identity = tuple[tuple[int | str, ...], ...]  # of each source file, by name
+
+
+class _Note(msgspec.Struct):
+    """`.shardstate-part-{R}-{part}`: a part is finished, and what it was made from."""
+
+    set: str
+    source: tuple[tuple[int | str, ...], ...]
+    file: PartEntry
+
+
+@dataclass
+class _Found:
+    """What lies at the target before anything is written."""
+
+    entries: dict[str, Entry]
+    manifest: Manifest | None = None
+    records: dict[int, tuple[Record, bytes]] = field(default_factory=dict)
+    unreadable: list[str] = field(default_factory=list)  # manifest or records that are damaged
+    listed: set[str] = field(default_factory=set)  # what manifest and records list
+
+    @property
+    def ids(self) -> set[str]:
+        found = {record.set for record, _ in self.records.values()}
+        return found | ({self.manifest.set} if self.manifest else set())
+
+
+class SetWriter:
+    """Writes ranks of one set into a storage that the caller has locked."""
+
+    def __init__(
+        self,
+        storage: Writable,
+        *,
+        set_id: str,
+        info: SetInfo,
+        companions: Sequence[tuple[Storage, str]],
+        source_identity: Identity,
+    ) -> None:
+        self._storage = storage
+        self._set = set_id
+        self._info = info
+        self._pattern = check_pattern(info.pattern, tp=info.topology.tp)
+        self._companions = companions
+        self._identity = source_identity
+        self._old_files: set[str] = set()
+
+    def begin(
+        self, parts: Mapping[int, Sequence[PartFile]], *, force: bool
+    ) -> dict[int, dict[int, PartEntry]] | None:
+        """Prepare the target for `parts`, by rank; return the finished ones by rank and number.
+
+        None where every rank is complete and the set committed: nothing is left to do. Raises
+        `TargetError` where the target holds anything that must not be replaced; then, and where
+        the disk lacks space, nothing was changed.
+        """
+        found = self._look()
+        self._check(found, force=force)
+        if not force and (done := self._complete(found, parts)):
+            parts = {rank: each for rank, each in parts.items() if rank not in done}
+            if not parts and found.manifest is not None:
+                self._clean()
+                return None
+        kept = {} if force else self._kept(found, parts)
+        needed = sum(
+            part.nbytes
+            for rank, each in parts.items()
+            for part in each
+            if part.part not in kept.get(rank, {})
+        )
+        free = self._storage.free_bytes()
+        if free is not None and needed > free:
+            raise StorageError(
+                f"{self._storage.location}: {needed} bytes are to be written and {free} are free; "
+                f"free some space or choose another place"
+            )
+        self._old_files = set(found.listed)
+        if force:
+            self._old_files |= {name for name in found.entries if self._is_rank_file(name)}
+        for name in (MANIFEST, SIGNATURE):
+            self._storage.remove(name)
+        self._storage.sync()
+        for rank in parts:
+            self._storage.remove(record_name(rank))
+            self._storage.remove(provenance_name(rank))
+        self._storage.sync()
+        keep = {note_name(rank, part) for rank, each in kept.items() for part in each}
+        for name in found.entries:
+            if name.rsplit("/", 1)[-1].startswith(OURS) and name not in keep:
+                self._storage.remove(name)
+        return {rank: kept.get(rank, {}) for rank in parts}
+
+    def note(self, part: PartFile, entry: PartEntry) -> None:
+        """Remember that a part is finished, for a run that takes this one up."""
+        content = {
+            "version": VERSION,
+            "set": self._set,
+            "source": self._identity,
+            "file": entry,
+        }
+        self._storage.put(note_name(part.rank, part.part), seal(content))
+
+    def finish_rank(
+        self,
+        rank: int,
+        files: Sequence[PartEntry],
+        *,
+        padding: Mapping[str, list[list[list[int]]]],
+        provenance: bytes | None,
+    ) -> Record:
+        """Commit one rank, whose parts are all published."""
+        storage = self._storage
+        own = {entry.name for entry in files}
+        for name in storage.entries():
+            place = self._pattern.parse(name)
+            if place is not None and place[0] == rank and name not in own:
+                storage.remove(name)
+        small = tuple(self._put_companion(source, name) for source, name in self._companions)
+        sealed = None
+        if provenance is not None:
+            storage.put(provenance_name(rank), provenance)
+            sealed = Sealed(len(provenance), digest_of(provenance))
+        record = Record(
+            set=self._set,
+            rank=rank,
+            info=self._info,
+            files=tuple(files),
+            padding={k: [[(b, e) for b, e in box] for box in v] for k, v in padding.items()},
+            provenance=sealed,
+            companions=small,
+        )
+        storage.put(record_name(rank), record_json(record))
+        for part in range(len(files)):
+            storage.remove(note_name(rank, part))
+        return record
+
+    def commit(self) -> tuple[int, ...]:
+        """Publish the manifest if all ranks are there; return the ranks that still lack.
+
+        Afterwards what only the replaced set listed is removed.
+        """
+        found = self._look()
+        world = self._info.shape.world
+        ours = {r: each for r, each in found.records.items() if each[0].set == self._set}
+        lacking = tuple(rank for rank in range(world) if rank not in ours)
+        if lacking:
+            return lacking
+        manifest = manifest_of([ours[rank] for rank in range(world)])
+        self._storage.put(MANIFEST, manifest_json(manifest))
+        self._storage.sync()
+        listed = {entry.name for entry in manifest.files}
+        for name in sorted((found.listed | self._old_files) - listed):
+            self._storage.remove(name)
+        for rank in found.records:
+            if rank not in ours:
+                self._storage.remove(record_name(rank))
+                self._storage.remove(provenance_name(rank))
+        self._clean()
+        return ()
+
+    def _clean(self) -> None:
+        """Remove what an interrupted run left under temporary names, and old parts beyond ours."""
+        for entry in list(self._storage.walk()):
+            if entry.name.rsplit("/", 1)[-1].startswith(OURS):
+                self._storage.remove(entry.name)
+        self._storage.sync()
+
+    def _look(self) -> _Found:
+        found = _Found({entry.name: entry for entry in self._storage.walk()})
+        for name in found.entries:
+            rank = record_rank(name)
+            if name != MANIFEST and rank is None:
+                continue
+            data = self._storage.read(name, limit=MAX_JSON_BYTES)
+            try:
+                if rank is None:
+                    found.manifest = parse_manifest(data, file=name)
+                    found.listed |= {entry.name for entry in found.manifest.files}
+                else:
+                    record = parse_record(data, file=name, rank=rank)
+                    found.records[rank] = record, data
+                    found.listed |= {f.name for f in record.files}
+                    found.listed |= {c.name for c in record.companions}
+            except SetError:
+                found.unreadable.append(name)
+        return found
+
+    def _check(self, found: _Found, *, force: bool) -> None:
+        """Raise `TargetError` unless all that lies there may be replaced or taken up."""
+        location = self._storage.location
+        foreign = [name for name in found.entries if not self._belongs(name, found)]
+        if foreign:
+            raise TargetError(
+                f"{location}: holds files that belong to no set: {', '.join(foreign[:20])}"
+                f"{f' and {len(foreign) - 20} more' if len(foreign) > 20 else ''}; "
+                f"choose an empty directory, or move them away",
+                file=foreign[0],
+            )
+        if force:
+            return
+        if found.unreadable:
+            raise TargetError(
+                f"{location}: {found.unreadable[0]} is damaged; --force replaces the whole set",
+                file=found.unreadable[0],
+            )
+        if others := found.ids - {self._set}:
+            info = (
+                found.manifest.info
+                if found.manifest
+                else next(record.info for record, _ in found.records.values())
+            )
+            raise TargetError(
+                f"{location}: holds set {min(others)} for tp {info.topology.tp}, expected "
+                f"{self._set} or none; choose an empty directory, or --force replaces it"
+            )
+        strangers = [
+            name
+            for name in found.entries
+            if self._pattern.parse(name) is not None
+            and name not in found.listed
+            and not self._is_of_this_set(name)
+        ]
+        if strangers:
+            raise TargetError(
+                f"{location}: {strangers[0]} is of another set; "
+                f"choose an empty directory, or --force replaces it",
+                file=strangers[0],
+            )
+
+    def _belongs(self, name: str, found: _Found) -> bool:
+        """Whether a file at the target is part of a set, whichever."""
+        last = name.rsplit("/", 1)[-1]
+        return (
+            name in (MANIFEST, SIGNATURE)
+            or name in found.listed
+            or last.startswith(OURS)
+            or record_rank(name) is not None
+            or provenance_rank(name) is not None
+            or self._is_rank_file(name)
+            or self._is_our_companion(name)
+        )
+
+    def _is_rank_file(self, name: str) -> bool:
+        return any(p.parse(name) is not None for p in (self._pattern, Pattern(DEFAULT_PATTERN)))
+
+    def _is_our_companion(self, name: str) -> bool:
+        """Whether a file is what an interrupted run of this set brought along: the same bytes."""
+        for source, companion in self._companions:
+            if companion == name:
+                mine = source.read(name, limit=COMPANION_BYTES)
+                return self._storage.size(name) == len(mine) and mine == self._storage.read(
+                    name, limit=COMPANION_BYTES
+                )
+        return False
+
+    def _is_of_this_set(self, name: str) -> bool:
+        try:
+            size, raw = read_header_bytes(self._storage, name)
+            header = parse_header(raw[PREFIX_BYTES:], file=name, file_bytes=size)
+        except InputError:
+            return False
+        return header.metadata.get("set") == self._set
+
+    def _complete(self, found: _Found, parts: Mapping[int, Sequence[PartFile]]) -> set[int]:
+        """Return the ranks whose record and files are there, as this run would write them."""
+        done = set()
+        for rank, expected in parts.items():
+            if rank not in found.records:
+                continue
+            record = found.records[rank][0]
+            wrong = [
+                name
+                for name, nbytes in (
+                    *((f.name, f.bytes) for f in record.files),
+                    *((c.name, c.bytes) for c in record.companions),
+                    *((provenance_name(rank), p.bytes) for p in (record.provenance,) if p),
+                )
+                if name not in found.entries or found.entries[name].nbytes != nbytes
+            ]
+            same = [(f.name, f.bytes, f.header) for f in record.files] == [
+                (p.name, p.nbytes, p.header_digest) for p in expected
+            ]
+            if not wrong and same:
+                done.add(rank)
+            elif found.manifest is not None:
+                raise TargetError(
+                    f"{self._storage.location}: holds this set, committed, and "
+                    f"{wrong[0] if wrong else record_name(rank)} is damaged or missing; "
+                    f"--force makes the set again",
+                    file=wrong[0] if wrong else record_name(rank),
+                )
+        return done
+
+    def _kept(
+        self, found: _Found, parts: Mapping[int, Sequence[PartFile]]
+    ) -> dict[int, dict[int, PartEntry]]:
+        """Return the parts that an interrupted run finished, from the same source."""
+        kept: dict[int, dict[int, PartEntry]] = {}
+        for rank, each in parts.items():
+            for part in each:
+                name = note_name(rank, part.part)
+                if name not in found.entries or part.name not in found.entries:
+                    continue
+                try:
+                    data = unseal(self._storage.read(name, limit=MAX_JSON_BYTES), file=name)
+                    note = decode(data, _Note, file=name)
+                    raw = read_header_bytes(self._storage, part.name)[1]
+                except InputError as error:
+                    _log.warning("shardstate: %s; its part is made again", error)
+                    continue
+                if (
+                    note.set == self._set
+                    and note.source == self._identity
+                    and note.file.bytes == part.nbytes == found.entries[part.name].nbytes
+                    and note.file.header == part.header_digest == digest_of(raw)
+                    and note.file.name == part.name
+                ):
+                    kept.setdefault(rank, {})[part.part] = note.file
+        return kept
+
+    def _put_companion(self, source: Storage, name: str) -> SmallFile:
+        data = source.read(name, limit=COMPANION_BYTES)
+        entry = SmallFile(name, len(data), digest_of(data))
+        with contextlib.suppress(InputError):
+            if (
+                self._storage.size(name) == len(data)
+                and self._storage.read(name, limit=COMPANION_BYTES) == data
+            ):
+                return entry
+        self._storage.put(name, data)
+        return entry
+
+
+def companions_of(storage: Storage) -> Iterator[str]:
+    """Yield the small files of a source that come along with a set, by relative path."""
+    for entry in storage.walk():
+        if not is_companion(entry.name):
+            continue
+        if entry.nbytes > COMPANION_BYTES:
+            _log.warning(
+                "shardstate: %s has %d bytes, more than the %d of a companion; it stays behind",
+                entry.name,
+                entry.nbytes,
+                COMPANION_BYTES,
+            )
+            continue
+        yield entry.name

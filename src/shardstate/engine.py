@@ -1,0 +1,148 @@
+"""Executes reads: the only threads of the library, bounded memory, progress, counters.
+
+Every worker takes the next read, fetches its bytes into staging memory of its own (or straight into
+the destination) and hands them to the target, which moves, hashes and writes them in the same
+thread. With a few workers these overlap, and memory is workers × one read.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from shardstate.buffers import staging_buffer
+from shardstate.coalesce import Read
+from shardstate.memory import MemoryMeter
+from shardstate.storage import Storage
+from shardstate.targets import Target
+
+_TICK_SECONDS = 0.02  # how often memory is sampled
+_PROGRESS_TICKS = 5  # ticks between two calls of `progress`
+
+Progress = Callable[[int, int], None]  # bytes done, bytes in all
+
+
+@dataclass(frozen=True, slots=True)
+class Counters:
+    """What an execution did."""
+
+    bytes_read: int  # payload asked of the storage
+    requests: int
+    peak_extra_bytes: int
+
+
+class _Run:
+    """State that the workers of one execution share."""
+
+    def __init__(self, reads: Sequence[Read]) -> None:
+        self.reads = reads
+        self.lock = threading.Lock()
+        self.stopped = threading.Event()
+        self.next = 0
+        self.error: BaseException | None = None
+        self.bytes_read = 0
+        self.requests = 0
+        self.touched = 0  # bytes of destination memory that were filled for the first time
+
+    def take(self) -> Read | None:
+        with self.lock:
+            if self.stopped.is_set() or self.next == len(self.reads):
+                return None
+            self.next += 1
+            return self.reads[self.next - 1]
+
+    def fail(self, error: BaseException) -> None:
+        with self.lock:
+            if self.error is None:
+                self.error = error
+        self.stopped.set()
+
+
+def execute(
+    reads: Sequence[Read],
+    *,
+    storage: Storage,
+    target: Target,
+    threads: int,
+    progress: Progress | None,
+    fills_memory: bool,
+) -> Counters:
+    """Carry out `reads` and return what it took; the first error of any worker is raised.
+
+    `fills_memory`: the target allocates what it receives, so that resident memory grows by the
+    bytes delivered; they do not count as extra. Ctrl-C stops all workers before it is raised.
+    """
+    run = _Run(reads)
+    total = sum(read.nbytes for read in reads)
+    workers = [
+        threading.Thread(
+            target=_work, args=(run, storage, target), name=f"shardstate-{i}", daemon=True
+        )
+        for i in range(max(1, min(threads, len(reads))))
+    ]
+    meter = MemoryMeter()
+    try:
+        for worker in workers:
+            worker.start()
+        tick = 0
+        while alive := [worker for worker in workers if worker.is_alive()]:
+            alive[0].join(_TICK_SECONDS)
+            meter.sample(run.touched if fills_memory else 0)
+            tick += 1
+            if progress is not None and tick % _PROGRESS_TICKS == 0:
+                progress(run.bytes_read, total)
+    finally:
+        run.stopped.set()
+        if any(worker.is_alive() for worker in workers):
+            target.stop()
+        for worker in workers:
+            if worker.ident is not None:
+                worker.join()
+    if run.error is not None:
+        raise run.error
+    meter.sample(run.touched if fills_memory else 0)
+    if progress is not None:
+        progress(total, total)
+    return Counters(run.bytes_read, run.requests, meter.peak)
+
+
+def _work(run: _Run, storage: Storage, target: Target) -> None:
+    """Carry out reads until there are none, or until another worker failed."""
+    staging: np.ndarray | None = None
+    try:
+        while (read := run.take()) is not None:
+            staged = None
+            if read.file is not None:
+                views = _direct_views(read, target)
+                if views is None:
+                    if staging is None or len(staging) < read.nbytes:
+                        staging = staging_buffer(read.nbytes)
+                    staged = staging[: read.nbytes]
+                    views = [staged.data]
+                storage.read_into(read.file, read.begin, views)
+            target.accept(read, staged)
+            touched = sum(piece.nbytes for piece in read.pieces)
+            with run.lock:
+                run.bytes_read += read.nbytes
+                run.requests += read.file is not None
+                run.touched += touched
+    except BaseException as error:
+        run.fail(error)
+        target.stop()
+
+
+def _direct_views(read: Read, target: Target) -> list[memoryview] | None:
+    """Return memory for the whole of `read`, gaps included, or None where it must be staged."""
+    views: list[memoryview] = []
+    at = read.begin
+    for piece in read.pieces:
+        if piece.begin < at or (view := target.direct(piece)) is None:
+            return None
+        if piece.begin > at:
+            views.append(memoryview(bytearray(piece.begin - at)))
+        views.append(view)
+        at = piece.end
+    return views

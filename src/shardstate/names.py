@@ -1,0 +1,125 @@
+"""Names of the files of a set: the pattern of rank files, records, companions, temporary files."""
+
+from __future__ import annotations
+
+import re
+import string
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from shardstate.catalog import is_file_name
+from shardstate.digest import digest_of
+from shardstate.errors import UsageError
+
+MANIFEST = "shardstate.json"
+SIGNATURE = "shardstate.json.sig"
+CONFIG = "config.json"
+DEFAULT_PATTERN = "model-rank-{rank}-part-{part}.safetensors"
+OURS = ".shardstate-"  # temporary files, notes and locks begin with this
+
+COMPANION_BYTES = 64 << 20  # a larger file of the source is left out, with a warning
+_NOT_COMPANIONS = (
+    *(f"*.{s}" for s in ["safetensors", "bin", "pt", "pth", "gguf", "h5", "msgpack", "onnx"]),
+    "*.index.json",
+    ".git*",
+    ".cache",
+    "shardstate*",
+    ".shardstate*",
+)
+_FIELDS = ("rank", "tp_rank", "part")
+
+
+@dataclass(frozen=True, slots=True)
+class Pattern:
+    """The template of rank-file names; `{rank}` (= `{tp_rank}`) and `{part}` are decimal."""
+
+    text: str
+
+    def name(self, rank: int, part: int) -> str:
+        """Return the file name of one part of one rank."""
+        return self.text.format(rank=rank, tp_rank=rank, part=part)
+
+    def parse(self, name: str) -> tuple[int, int] | None:
+        """Return (rank, part) of a name that this pattern makes, else None; rank 0 if unnamed."""
+        pieces, seen = [], set()
+        for literal, field, _, _ in string.Formatter().parse(self.text):
+            pieces.append(re.escape(literal))
+            if field:
+                group = "part" if field == "part" else "rank"
+                pieces.append(f"(?P={group})" if group in seen else f"(?P<{group}>0|[1-9][0-9]*)")
+                seen.add(group)
+        found = re.fullmatch("".join(pieces), name)
+        if found is None:
+            return None
+        groups = found.groupdict()
+        return int(groups.get("rank") or 0), int(groups["part"])
+
+
+def check_pattern(text: str, *, tp: int) -> Pattern:
+    """Return the pattern, or raise `UsageError` if two ranks or parts could get one name."""
+
+    def fault(why: str) -> UsageError:
+        return UsageError(f"pattern {text!r}: {why}; the default is {DEFAULT_PATTERN!r}")
+
+    try:
+        parsed = list(string.Formatter().parse(text))
+    except ValueError as error:
+        raise fault(str(error)) from None
+    fields = [field for _, field, _, _ in parsed if field is not None]
+    for _, field, spec, conversion in parsed:
+        if field is not None and (field not in _FIELDS or spec or conversion):
+            raise fault(f"knows {{rank}}, {{tp_rank}} and {{part}}, found {{{field}}}")
+    if "part" not in fields:
+        raise fault("lacks {part}, so that the parts of a rank would share one name")
+    if tp > 1 and not {"rank", "tp_rank"} & set(fields):
+        raise fault("lacks {rank}, so that ranks would share one name")
+    # Between two numbers there must be something that is no digit, else 1|11 and 11|1 are one name.
+    for number, (literal, _, _, _) in enumerate(parsed):
+        between = number and parsed[number - 1][1] is not None and parsed[number][1] is not None
+        if between and not re.search(r"[^0-9]", literal):
+            raise fault("has two numbers with nothing but digits between, so that names collide")
+    name = text.format(rank=0, tp_rank=0, part=0)
+    if not is_file_name(name) or name.startswith((".", "shardstate")):
+        raise fault("makes no plain file name that could hold weights")
+    if not name.endswith(".safetensors"):
+        raise fault('must end with ".safetensors"')
+    return Pattern(text)
+
+
+def record_name(rank: int) -> str:
+    """Return the name of a rank's record."""
+    return f"shardstate.rank-{rank}.json"
+
+
+def provenance_name(rank: int) -> str:
+    """Return the name of a rank's provenance."""
+    return f"shardstate.rank-{rank}.provenance.json"
+
+
+def record_rank(name: str) -> int | None:
+    """Return the rank whose record has this name, else None."""
+    found = re.fullmatch(r"shardstate\.rank-(0|[1-9][0-9]*)\.json", name)
+    return int(found[1]) if found else None
+
+
+def provenance_rank(name: str) -> int | None:
+    """Return the rank whose provenance has this name, else None."""
+    found = re.fullmatch(r"shardstate\.rank-(0|[1-9][0-9]*)\.provenance\.json", name)
+    return int(found[1]) if found else None
+
+
+def note_name(rank: int, part: int) -> str:
+    """Return the name of the note that says that a part is finished."""
+    return f"{OURS}part-{rank}-{part}"
+
+
+def temporary_name(name: str) -> str:
+    """Return the name under which `name` is written before it is renamed; it has no suffix."""
+    return f"{OURS}new-{digest_of(name.encode())[:24]}"
+
+
+def is_companion(path: str) -> bool:
+    """Whether a file of the source, by its relative path, comes along with a set."""
+    return not any(
+        fnmatchcase(component, glob) for component in path.split("/") for glob in _NOT_COMPANIONS
+    )

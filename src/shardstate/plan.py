@@ -1,0 +1,477 @@
+"""Plans: which elements of stored tensors go to which elements of which tensors.
+
+A plan is data, made without reading a weight: *copies* (a move from one tensor to another, perhaps
+with a cast), *fills* (one value over a region, as for padding) and *literals* (a few bytes known
+beforehand). It is held in columns; `Copy` and `Fill` are the views that people print.
+
+Offsets and strides of a copy count elements of its `source_dtype` on the source's side and of its
+`dest_dtype` on the destination's. The two differ where the copy casts. Packed types count as `U8`.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from math import prod
+
+import numpy as np
+
+from shardstate.catalog import Catalog, Tensors
+from shardstate.dtypes import CAST_NAMES, DTYPES, cast_array, numpy_dtype
+from shardstate.errors import NotNested, PlanError
+from shardstate.layout import (
+    Move,
+    Region,
+    Shape,
+    box_move,
+    canonical,
+    compose,
+    inverse,
+    overlap,
+    union_size,
+)
+from shardstate.sharding import Kind, Rank, share
+
+LITERAL_BYTES = 4096  # the most that one literal holds
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """Elements of source tensor `source` that go to tensor `dest`; rows of the plan's tables."""
+
+    source: int
+    dest: int
+    source_dtype: str
+    dest_dtype: str
+    move: Move
+
+    @property
+    def casts(self) -> bool:
+        return self.source_dtype != self.dest_dtype
+
+
+@dataclass(frozen=True, slots=True)
+class Fill:
+    """One value over a region of tensor `dest`; the region counts elements of `dtype`."""
+
+    dest: int
+    dtype: str
+    region: Region
+    value: bytes  # one element, little-endian
+
+
+@dataclass(frozen=True, slots=True)
+class Literal:
+    """Bytes known while planning, for tensor `dest`."""
+
+    dest: int
+    begin: int  # bytes from the tensor's first byte
+    data: bytes
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that makes one rank's `tensors` out of the stored tensors of `catalog`."""
+
+    catalog: Catalog
+    tensors: Tensors
+    tags: tuple[str, ...]  # dtype tags that the columns below refer to
+    source: np.ndarray = field(repr=False)  # int32 row of `catalog`, per copy
+    dest: np.ndarray = field(repr=False)  # int32 row of `tensors`, per copy
+    source_tag: np.ndarray = field(repr=False)  # int16 index into `tags`, per copy
+    dest_tag: np.ndarray = field(repr=False)
+    source_offset: np.ndarray = field(repr=False)  # int64, elements
+    dest_offset: np.ndarray = field(repr=False)
+    loop_begin: np.ndarray = field(repr=False)  # int64, n + 1: copy i has loops [i, i + 1)
+    loops: np.ndarray = field(repr=False)  # int64, shape [loops, 3]: size, source, dest stride
+    fills: tuple[Fill, ...] = field(repr=False)
+    literals: tuple[Literal, ...] = field(repr=False)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def copy(self, i: int) -> Copy:
+        """Return the view of copy `i`."""
+        begin, end = self.loop_begin[i], self.loop_begin[i + 1]
+        loops = tuple((n, s, d) for n, s, d in self.loops[begin:end].tolist())
+        return Copy(
+            int(self.source[i]),
+            int(self.dest[i]),
+            self.tags[self.source_tag[i]],
+            self.tags[self.dest_tag[i]],
+            Move(int(self.source_offset[i]), int(self.dest_offset[i]), loops),
+        )
+
+    @cached_property
+    def copies(self) -> tuple[Copy, ...]:
+        """Every copy as a view."""
+        return tuple(self)
+
+    def __iter__(self) -> Iterator[Copy]:
+        return (self.copy(i) for i in range(len(self)))
+
+    def __str__(self) -> str:
+        nbytes = sum(self.tensors.nbytes(row) for row in range(len(self.tensors)))
+        files = len(np.unique(self.catalog.file[self.source]))
+        return (
+            f"{len(self)} copies, {len(self.fills)} fills, {nbytes / 2**20:.1f} MiB "
+            f"in {len(self.tensors)} tensors from {files} files"
+        )
+
+
+def make_plan(
+    catalog: Catalog,
+    tensors: Tensors,
+    copies: Iterable[Copy],
+    fills: Iterable[Fill] = (),
+    literals: Iterable[Literal] = (),
+) -> Plan:
+    """Return the plan in columns; empty copies are left out."""
+    tags: dict[str, int] = {}
+    rows: list[tuple[int, int, int, int, int, int]] = []
+    loops: list[tuple[int, int, int]] = []
+    ends = [0]
+    for copy in copies:
+        if not copy.move.size:
+            continue
+        rows.append(
+            (
+                copy.source,
+                copy.dest,
+                tags.setdefault(copy.source_dtype, len(tags)),
+                tags.setdefault(copy.dest_dtype, len(tags)),
+                copy.move.source,
+                copy.move.dest,
+            )
+        )
+        loops.extend(copy.move.loops)
+        ends.append(len(loops))
+    columns = np.array(rows, dtype=np.int64).reshape(len(rows), 6)
+    return Plan(
+        catalog,
+        tensors,
+        tuple(tags),
+        columns[:, 0].astype(np.int32),
+        columns[:, 1].astype(np.int32),
+        columns[:, 2].astype(np.int16),
+        columns[:, 3].astype(np.int16),
+        columns[:, 4].copy(),
+        columns[:, 5].copy(),
+        np.array(ends, dtype=np.int64),
+        np.array(loops, dtype=np.int64).reshape(len(loops), 3),
+        tuple(fill for fill in fills if fill.region.size),
+        tuple(literal for literal in literals if literal.data),
+    )
+
+
+def plan_shares(catalog: Catalog, kinds: Sequence[Kind], *, rank: Rank, dtype: str) -> Plan:
+    """Return the plan of what `rank` holds of `catalog` when row i is shared as `kinds[i]`.
+
+    `dtype` is "keep", or what every plain float becomes ("bf16", "f16", "f32"). The tensors keep
+    their names and come in the order of rank files: item size, largest first, then source file and
+    offset. Shapes must have passed `check_shares`.
+    """
+    order = sorted(
+        range(len(catalog)),
+        key=lambda r: (-DTYPES[_cast(catalog.dtypes[r], dtype)].bits, r),
+    )
+    names, dtypes, shapes = [], [], []
+    copies: list[Copy] = []
+    fills: list[Fill] = []
+    for dest, row in enumerate(order):
+        tag = catalog.dtypes[row]
+        goal = _cast(tag, dtype)
+        owned = share(kinds[row], catalog.shapes[row], rank)
+        move = box_move(catalog.shapes[row], owned.box, owned.shape, (0,) * len(owned.shape))
+        if DTYPES[tag].packed:
+            try:
+                move, tag, goal_unit = _in_bytes(move, DTYPES[tag].bits), "U8", "U8"
+            except NotNested as error:
+                raise NotNested(
+                    f"{catalog.names[row]}: {error}", tensor=catalog.names[row]
+                ) from None
+        else:
+            goal_unit = goal
+        copies.append(Copy(row, dest, tag, goal_unit, move))
+        # The box sits in the leading corner; what is behind it on each axis is padding.
+        corner = [(0, end - begin) for begin, end in owned.box]
+        for axis, ((_, end), size) in enumerate(zip(corner, owned.shape, strict=True)):
+            if end < size:
+                pad = [*corner[:axis], (end, size), *((0, n) for n in owned.shape[axis + 1 :])]
+                region = box_move(
+                    owned.shape, tuple(pad), owned.shape, tuple(b for b, _ in pad)
+                ).dest_region
+                width = numpy_dtype(goal_unit).itemsize
+                fills.append(Fill(dest, goal_unit, region, bytes(width)))
+        names.append(catalog.names[row])
+        dtypes.append(goal)
+        shapes.append(owned.shape)
+    return make_plan(catalog, Tensors(tuple(names), tuple(dtypes), tuple(shapes)), copies, fills)
+
+
+def plan_identity(catalog: Catalog) -> Plan:
+    """Return the plan that takes each tensor of `catalog` as it is stored."""
+    copies = []
+    for row in range(len(catalog)):
+        dtype = DTYPES[catalog.dtypes[row]]
+        size = catalog.nbytes(row) // dtype.itemsize
+        unit = "U8" if dtype.packed else dtype.tag
+        copies.append(Copy(row, row, unit, unit, Move(0, 0, canonical([(size, 1, 1)]))))
+    return make_plan(catalog, Tensors(catalog.names, catalog.dtypes, catalog.shapes), copies)
+
+
+def faults(plan: Plan) -> list[str]:
+    """Return what keeps `plan` from defining each element of its tensors exactly once."""
+    found: list[str] = []
+    writes: dict[int, list[Region]] = defaultdict(list)  # in bytes of the destination
+    contiguous: dict[int, int] = {}
+    for copy in plan:
+        move, name = copy.move, plan.tensors.names[copy.dest]
+        if move.source < 0 or move.source_region.end * DTYPES[
+            copy.source_dtype
+        ].itemsize > plan.catalog.nbytes(copy.source):
+            found.append(f"{name}: reads past {plan.catalog.names[copy.source]}")
+        if move.dest == 0 and (not move.loops or (len(move.loops) == 1 and move.loops[0][2] == 1)):
+            contiguous[copy.dest] = move.size * DTYPES[copy.dest_dtype].itemsize
+        writes[copy.dest].append(_scaled(move.dest_region, DTYPES[copy.dest_dtype].itemsize))
+    for fill in plan.fills:
+        writes[fill.dest].append(_scaled(fill.region, DTYPES[fill.dtype].itemsize))
+    for literal in plan.literals:
+        writes[literal.dest].append(Region(literal.begin, ((len(literal.data), 1),)))
+    for row, name in enumerate(plan.tensors.names):
+        regions, nbytes = writes.get(row, []), plan.tensors.nbytes(row)
+        if len(regions) == 1 and contiguous.get(row) == nbytes:
+            continue
+        covered = sum(region.size for region in regions)
+        if any(region.offset < 0 or region.end > nbytes for region in regions):
+            found.append(f"{name}: writes past its end")
+        elif covered < nbytes:
+            found.append(f"{name}: {nbytes - covered} of {nbytes} bytes are not defined")
+        elif overlap(regions) is not None:
+            found.append(f"{name}: elements are written twice")
+    return found
+
+
+def check_plan(plan: Plan) -> None:
+    """Raise `PlanError` that lists all `faults` of `plan`."""
+    if found := faults(plan):
+        raise PlanError(f"the plan has {len(found)} faults: {'; '.join(found)}")
+
+
+def bytes_wanted(plans: Iterable[Plan]) -> int:
+    """Return the size of the union of all source bytes that the copies of `plans` read.
+
+    The plans have one catalog. A byte that several of them need counts once.
+    """
+    regions: dict[int, set[tuple[Region, int]]] = defaultdict(set)
+    catalog: Catalog | None = None
+    for plan in plans:
+        catalog = plan.catalog
+        for copy in plan:
+            regions[copy.source].add((copy.move.source_region, DTYPES[copy.source_dtype].itemsize))
+    total = 0
+    for row, found in regions.items():
+        widths = {width for _, width in found}
+        try:
+            if len(widths) == 1:
+                total += union_size(r for r, _ in found) * widths.pop()
+            else:
+                total += union_size(_scaled(r, width) for r, width in found)
+        except NotNested as error:
+            assert catalog is not None
+            name = catalog.names[row]
+            raise NotNested(f"{name}: {error}; shard from the source", tensor=name) from None
+    return total
+
+
+def compose_plans(first: Plan, second: Plan) -> Plan:
+    """Return the plan A → C of `first` (A → B) followed by `second` (B → C).
+
+    Tensors of B are matched by name; those that only one plan has are left out. Raises `NotNested`
+    by name where strides do not nest, `PlanError` where both plans cast the same elements.
+    """
+    made: dict[str, tuple[list[Copy], list[Fill], list[Literal]]] = defaultdict(
+        lambda: ([], [], [])
+    )
+    for copy in first:
+        made[first.tensors.names[copy.dest]][0].append(copy)
+    for fill in first.fills:
+        made[first.tensors.names[fill.dest]][1].append(fill)
+    for literal in first.literals:
+        made[first.tensors.names[literal.dest]][2].append(literal)
+    copies: list[Copy] = []
+    fills: list[Fill] = list(second.fills)
+    literals: list[Literal] = list(second.literals)
+    for then in second:
+        name = second.catalog.names[then.source]
+        try:
+            for copy in made[name][0]:
+                copies.extend(_compose_copy(copy, then))
+            for fill in made[name][1]:
+                fills.extend(_compose_fill(fill, then))
+            for literal in made[name][2]:
+                literals.extend(_compose_literal(literal, then))
+        except (NotNested, PlanError) as error:
+            raise type(error)(f"{name}: {error}; shard from the source", tensor=name) from None
+    return make_plan(first.catalog, second.tensors, copies, fills, literals)
+
+
+def invert_plan(plan: Plan, stored: Catalog) -> Plan:
+    """Return the plan that puts the tensors of `plan`, as `stored` by name, back to its source.
+
+    Fills and literals vanish: they come from no source. Elements of the source that `plan` did not
+    read stay undefined. Raises `PlanError` by name where a copy casts, for that loses bits.
+    """
+    copies = []
+    for copy in plan:
+        name = plan.tensors.names[copy.dest]
+        if copy.casts:
+            raise PlanError(
+                f"{name}: was cast from {copy.source_dtype} to {copy.dest_dtype}, "
+                f"which cannot be undone",
+                tensor=name,
+            )
+        copies.append(
+            Copy(
+                stored.row[name],
+                copy.source,
+                copy.dest_dtype,
+                copy.source_dtype,
+                inverse(copy.move),
+            )
+        )
+    source = plan.catalog
+    return make_plan(stored, Tensors(source.names, source.dtypes, source.shapes), copies)
+
+
+def padding_boxes(fills: Iterable[Fill], tensors: Tensors) -> dict[str, list[list[list[int]]]]:
+    """Return the boxes without weights, by tensor name: per axis [begin, end), in elements."""
+    boxes: dict[str, list[list[list[int]]]] = {}
+    for fill in fills:
+        boxes.setdefault(tensors.names[fill.dest], []).append(
+            _box_of(fill.region, tensors.shapes[fill.dest])
+        )
+    return boxes
+
+
+def _box_of(region: Region, shape: Shape) -> list[list[int]]:
+    """Return the box of `shape` that `region` covers; `NotNested` if it is none."""
+    size, end = region.size, region.end - 1
+    box = []
+    below = prod(shape)
+    first, last = region.offset, end
+    for n in shape:
+        below //= n
+        box.append([first // below, last // below + 1])
+        first, last = first % below, last % below
+    if prod(e - b for b, e in box) != size:
+        raise NotNested(f"the padding {region} is no box of shape {list(shape)}")
+    return box
+
+
+def _cast(tag: str, dtype: str) -> str:
+    goal = CAST_NAMES[dtype]
+    return goal if goal is not None and DTYPES[tag].floating else tag
+
+
+def _scaled(region: Region, width: int) -> Region:
+    """Return `region` in bytes, for elements of `width` bytes."""
+    if width == 1:
+        return region
+    loops = canonical([*((n, s * width, s * width) for n, s in region.loops), (width, 1, 1)])
+    return Region(region.offset * width, tuple((n, s) for n, s, _ in loops))
+
+
+def _move_scaled(move: Move, width: int) -> Move:
+    loops = canonical([*((n, s * width, d * width) for n, s, d in move.loops), (width, 1, 1)])
+    return Move(move.source * width, move.dest * width, loops)
+
+
+def _in_bytes(move: Move, bits: int) -> Move:
+    """Return a move of packed elements of `bits` bits counted in bytes.
+
+    `NotNested` where it begins or ends inside a byte.
+    """
+    loops = list(move.loops)
+    if not move.size:
+        return Move(0, 0, ((0, 0, 0),))
+    inner = loops.pop() if loops and loops[-1][1:] == (1, 1) else (1, 1, 1)
+    numbers = (move.source, move.dest, inner[0], *(x for _, s, d in loops for x in (s, d)))
+    if any(number * bits % 8 for number in numbers):
+        raise NotNested(f"a share of {bits}-bit elements begins or ends inside a byte")
+    scaled = [(n, s * bits // 8, d * bits // 8) for n, s, d in loops]
+    scaled.append((inner[0] * bits // 8, 1, 1))
+    return Move(move.source * bits // 8, move.dest * bits // 8, canonical(scaled))
+
+
+def _same_unit(
+    a_dtype: str, b_dtype: str, casts: bool, a: Move, b: Move
+) -> tuple[Move, Move, bool]:
+    """Return both moves with one element type in the middle, and whether that became bytes."""
+    if a_dtype == b_dtype:
+        return a, b, False
+    if casts:
+        raise PlanError(f"a cast meets elements counted as {a_dtype} and as {b_dtype}")
+    return (
+        _move_scaled(a, DTYPES[a_dtype].itemsize),
+        _move_scaled(b, DTYPES[b_dtype].itemsize),
+        True,
+    )
+
+
+def _compose_copy(copy: Copy, then: Copy) -> Iterator[Copy]:
+    if copy.casts and then.casts:
+        raise PlanError(
+            f"was cast from {copy.source_dtype} to {copy.dest_dtype} and would be cast again "
+            f"to {then.dest_dtype}"
+        )
+    a, b, as_bytes = _same_unit(
+        copy.dest_dtype, then.source_dtype, copy.casts or then.casts, copy.move, then.move
+    )
+    source = "U8" if as_bytes else copy.source_dtype
+    dest = "U8" if as_bytes else then.dest_dtype
+    for move in compose(a, b):
+        yield Copy(copy.source, then.dest, source, dest, move)
+
+
+def _constant(region: Region) -> Move:
+    """A region written from nowhere: a move whose source side stands still."""
+    return Move(0, region.offset, canonical((n, 0, s) for n, s in region.loops))
+
+
+def _compose_fill(fill: Fill, then: Copy) -> Iterator[Fill]:
+    value, dtype = fill.value, then.dest_dtype
+    if fill.dtype != then.source_dtype:
+        raise PlanError(f"a fill of {fill.dtype} meets elements counted as {then.source_dtype}")
+    if then.casts:
+        array = np.frombuffer(value, dtype=numpy_dtype(then.source_dtype))
+        value = cast_array(array, then.dest_dtype).tobytes()
+    for move in compose(_constant(fill.region), then.move):
+        yield Fill(then.dest, dtype, move.dest_region, value)
+
+
+def _compose_literal(literal: Literal, then: Copy) -> Iterator[Literal]:
+    """Cut what `then` takes of a literal into literals, one for each run of the destination."""
+    width = DTYPES[then.source_dtype].itemsize
+    if literal.begin % width or len(literal.data) % width:
+        raise PlanError(f"a literal does not hold whole elements of {then.source_dtype}")
+    values = np.frombuffer(literal.data, dtype=numpy_dtype(then.source_dtype))
+    first = Move(0, literal.begin // width, canonical([(len(values), 1, 1)]))
+    for move in compose(first, then.move):
+        taken = cast_array(
+            values[_indices(move, lambda loop: loop[1], move.source)], then.dest_dtype
+        )
+        at = _indices(move, lambda loop: loop[2], move.dest)
+        size = taken.dtype.itemsize
+        for i in np.split(np.arange(len(at)), np.flatnonzero(np.diff(at) != 1) + 1):
+            yield Literal(then.dest, int(at[i[0]]) * size, taken[i].tobytes())
+
+
+def _indices(move: Move, stride: Callable[[tuple[int, int, int]], int], offset: int) -> np.ndarray:
+    """Return the element offsets of one side of `move`, in the order it is walked."""
+    found = np.array([offset], dtype=np.int64)
+    for loop in move.loops:
+        found = (found[:, None] + np.arange(loop[0]) * stride(loop)).reshape(-1)
+    return found

@@ -1,0 +1,98 @@
+"""What the rest of the library asks of a storage; each implementation passes one contract suite.
+
+Names are relative to the storage's root, with `/` between folders. Failures of the storage itself
+come out as `StorageError`, what it holds as `InputError`; no foreign exception gets through.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A regular file: its size, and what changes when its content does."""
+
+    name: str
+    nbytes: int
+    identity: tuple[int | str, ...]  # local: size, mtime in ns, inode
+
+
+class Storage(Protocol):
+    """Read side. All methods may be called from several threads."""
+
+    location: str  # for messages and manifests: absolute, without credentials
+
+    def entries(self) -> dict[str, Entry]:
+        """Return the regular files directly below the root; a link to one counts as one."""
+        ...
+
+    def walk(self) -> Iterator[Entry]:
+        """Yield the regular files of the root and of its folders, by name."""
+        ...
+
+    def size(self, name: str) -> int:
+        """Return the bytes of a file."""
+        ...
+
+    def read(self, name: str, *, limit: int) -> bytes:
+        """Return a whole small file; `InputError` if it has more than `limit` bytes."""
+        ...
+
+    def read_into(self, name: str, begin: int, views: Sequence[memoryview]) -> None:
+        """Fill `views`, one after the other, with the file's bytes from `begin` on.
+
+        All of them or `TruncatedFile`.
+        """
+        ...
+
+    def close(self) -> None:
+        """Release what was opened."""
+        ...
+
+
+class Output(Protocol):
+    """A file being written; nobody sees it before `publish`."""
+
+    def write(self, begin: int, views: Sequence[memoryview]) -> None:
+        """Write `views`, one after the other, from byte `begin` on. From any thread."""
+        ...
+
+    def publish(self) -> None:
+        """Make the content durable, then visible under its name, whole."""
+        ...
+
+    def discard(self) -> None:
+        """Drop what was written. Harmless after `publish`."""
+        ...
+
+
+class Writable(Storage, Protocol):
+    """Write side."""
+
+    def create(self, name: str, nbytes: int) -> Output:
+        """Return an output of exactly `nbytes` bytes, under a temporary name until published."""
+        ...
+
+    def put(self, name: str, data: bytes | memoryview) -> None:
+        """Write a small file, whole or not at all."""
+        ...
+
+    def remove(self, name: str) -> None:
+        """Remove a file; nothing happens if there is none."""
+        ...
+
+    def sync(self) -> None:
+        """Make all that was published and removed durable."""
+        ...
+
+    def free_bytes(self) -> int | None:
+        """Return the bytes that can still be written, or None where nothing tells."""
+        ...
+
+    def lock(self) -> AbstractContextManager[None]:
+        """Exclude other writers while the context is open; `TargetBusy` if there is one."""
+        ...

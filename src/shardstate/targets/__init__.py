@@ -1,0 +1,8 @@
+"""Where the engine puts bytes: memory of tensors, rank files, digests, a comparison."""
+
+from shardstate.targets.base import Target
+from shardstate.targets.check import CompareTarget, DigestTarget
+from shardstate.targets.files import FilesTarget
+from shardstate.targets.memory import MemoryTarget
+
+__all__ = ["CompareTarget", "DigestTarget", "FilesTarget", "MemoryTarget", "Target"]

@@ -1,0 +1,82 @@
+"""What the engine asks of a target, and the one place where elements are moved in memory."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+
+from shardstate.coalesce import Piece, Read
+from shardstate.dtypes import DTYPES, cast_array, numpy_dtype
+
+
+class Target(Protocol):
+    """Takes the pieces of a plan. Called from several threads at once, one read a call.
+
+    Reads are begun in the order in which `plan_reads` gave them.
+    """
+
+    def direct(self, piece: Piece) -> memoryview | None:
+        """Return the memory that a contiguous piece without cast may be read straight into."""
+        ...
+
+    def accept(self, read: Read, staged: np.ndarray | None) -> None:
+        """Take the bytes of `read`, or None where each piece was read into its `direct` memory.
+
+        A read of constants comes with `staged` None.
+        """
+        ...
+
+    def stop(self) -> None:
+        """Another thread failed: give up waiting."""
+        ...
+
+
+def moved(piece: Piece, read: Read, staged: np.ndarray | None) -> np.ndarray:
+    """Return what `piece` brings, in the order of its destination, as one flat uint8 array.
+
+    A view of the staging memory where that is contiguous already, else a copy.
+    """
+    memory, offset = _origin(piece, read, staged)
+    if piece.source_run and piece.source_dtype == piece.dest_dtype:
+        return memory[offset : offset + piece.nbytes]
+    values = np.ascontiguousarray(_side(memory, offset, piece, 1))
+    return _cast(piece, values).reshape(-1).view(np.uint8)
+
+
+def transfer(piece: Piece, read: Read, staged: np.ndarray | None, memory: np.ndarray) -> None:
+    """Put what `piece` brings into the tensor whose bytes are `memory`."""
+    origin, offset = _origin(piece, read, staged)
+    goal = _side(memory, piece.move.dest * DTYPES[piece.dest_dtype].itemsize, piece, 2)
+    values = _side(origin, offset, piece, 1)
+    if piece.source_dtype != piece.dest_dtype:
+        values = _cast(piece, np.ascontiguousarray(values)).view(goal.dtype)
+    goal[...] = values
+
+
+def _origin(piece: Piece, read: Read, staged: np.ndarray | None) -> tuple[np.ndarray, int]:
+    """Return the memory that a piece is served from, and where in it its first element lies."""
+    if piece.value is not None:
+        width = DTYPES[piece.source_dtype].itemsize
+        return np.frombuffer(piece.value, dtype=np.uint8), piece.move.source * width
+    assert staged is not None, "a piece that was read directly needs no move"
+    return staged, piece.begin - read.begin
+
+
+def _cast(piece: Piece, values: np.ndarray) -> np.ndarray:
+    if piece.source_dtype == piece.dest_dtype:
+        return values
+    return cast_array(values.view(numpy_dtype(piece.source_dtype)), piece.dest_dtype)
+
+
+def _side(memory: np.ndarray, offset: int, piece: Piece, side: int) -> np.ndarray:
+    """Return the source (1) or destination (2) of a piece's move as a strided view of `memory`."""
+    width = DTYPES[piece.source_dtype if side == 1 else piece.dest_dtype].itemsize
+    loops = piece.move.loops
+    return np.ndarray(
+        tuple(loop[0] for loop in loops),
+        dtype=f"u{width}",
+        buffer=memory.data,
+        offset=offset,
+        strides=tuple(loop[side] * width for loop in loops),
+    )

@@ -1,0 +1,116 @@
+"""Rank files: written in one pass, hashed on the way, visible only when whole."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from shardstate.coalesce import Piece, Read
+from shardstate.digest import rank_file_digest
+from shardstate.errors import NotNested
+from shardstate.manifest import PartEntry
+from shardstate.parts import PartFile
+from shardstate.storage import Output, Writable
+from shardstate.targets.base import moved
+from shardstate.targets.hashing import TensorHasher
+
+
+class _Open:
+    """A part while it is written."""
+
+    __slots__ = ("hashers", "output", "part", "remaining")
+
+    def __init__(self, part: PartFile, output: Output) -> None:
+        self.part, self.output = part, output
+        ends = (*part.begins[1:], part.nbytes)
+        self.hashers = [TensorHasher(e - b) for b, e in zip(part.begins, ends, strict=True)]
+        self.remaining = part.nbytes
+
+
+class FilesTarget:
+    """Writes the parts of several ranks at once; `finished` hears of each that became visible.
+
+    Slot i of the plans writes `parts[i]`. A part is fsynced and renamed as soon as its last byte is
+    written, while others go on. On leaving the context what is unfinished is discarded.
+    """
+
+    def __init__(
+        self,
+        storage: Writable,
+        parts: Sequence[Sequence[PartFile]],
+        finished: Callable[[PartFile, PartEntry], None],
+    ) -> None:
+        self._storage, self._parts, self._finished = storage, parts, finished
+        self._lock = threading.Lock()
+        self._open: list[_Open] = []
+        # Row of a slot's tensors → the open part, the tensor's number in it, its first byte.
+        self._places: list[dict[int, tuple[_Open, int, int]]] = []
+
+    def __enter__(self) -> FilesTarget:
+        try:
+            for parts in self._parts:
+                places: dict[int, tuple[_Open, int, int]] = {}
+                for part in parts:
+                    opened = _Open(part, self._storage.create(part.name, part.nbytes))
+                    self._open.append(opened)
+                    for i, (row, begin) in enumerate(zip(part.rows, part.begins, strict=True)):
+                        places[row] = opened, i, begin
+                self._places.append(places)
+            for opened in list(self._open):
+                self._write(opened, 0, [memoryview(opened.part.header)])
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for opened in self._open:
+            opened.output.discard()
+
+    def direct(self, piece: Piece) -> memoryview | None:
+        return None
+
+    def accept(self, read: Read, staged: np.ndarray | None) -> None:
+        # Neighbours in one file go out in one call: a model has thousands of small tensors.
+        pending: list[memoryview] = []
+        opened, begin, end = None, 0, 0
+        for piece in read.pieces:
+            into, number, first = self._places[piece.slot][piece.dest]
+            run = piece.dest_run
+            if run is None:
+                raise NotNested(
+                    f"{into.part.name}: a tensor would have to be written out of order; "
+                    f"shard from the source"
+                )
+            values = moved(piece, read, staged)
+            into.hashers[number].update(run[0], values)
+            if into is not opened or first + run[0] != end:
+                if opened is not None:
+                    self._write(opened, begin, pending)
+                pending, opened, begin = [], into, first + run[0]
+            pending.append(values.data)
+            end = first + run[1]
+        if opened is not None:
+            self._write(opened, begin, pending)
+
+    def stop(self) -> None:
+        for opened in self._open:
+            for hasher in opened.hashers:
+                hasher.stop()
+
+    def _write(self, opened: _Open, begin: int, views: Sequence[memoryview]) -> None:
+        opened.output.write(begin, views)
+        with self._lock:
+            opened.remaining -= sum(view.nbytes for view in views)
+            done = opened.remaining == 0
+        if done:
+            part = opened.part
+            opened.output.publish()
+            blocks = tuple(hasher.blocks() for hasher in opened.hashers)
+            header = part.header_digest
+            entry = PartEntry(
+                part.name, part.nbytes, header, rank_file_digest(header, blocks), blocks
+            )
+            self._finished(part, entry)

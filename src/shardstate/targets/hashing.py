@@ -1,0 +1,72 @@
+"""Block digests of a tensor whose bytes arrive in pieces, from several threads."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+from blake3 import blake3
+
+from shardstate.digest import BLOCK_BYTES, block_count
+
+
+class TensorHasher:
+    """Digests of the 4 MiB blocks of one tensor.
+
+    A piece that covers whole blocks is hashed at once. One that begins inside a block waits for
+    what comes before it, which another thread already holds: reads begin in destination order.
+    """
+
+    __slots__ = ("_blocks", "_hashers", "_nbytes", "_position", "_stopped")
+
+    def __init__(self, nbytes: int) -> None:
+        self._nbytes = nbytes
+        self._blocks: list[str | None] = [None] * block_count(nbytes)
+        self._position: dict[int, int] = {}  # block → bytes of it that are hashed
+        self._hashers: dict[int, blake3] = {}
+        self._stopped = False
+
+    def update(self, begin: int, data: np.ndarray) -> None:
+        """Hash bytes `[begin, begin + len(data))` of the tensor."""
+        end = begin + len(data)
+        while begin < end:
+            block = begin // BLOCK_BYTES
+            first, last = block * BLOCK_BYTES, min((block + 1) * BLOCK_BYTES, self._nbytes)
+            stop = min(end, last)
+            part, data = data[: stop - begin], data[stop - begin :]
+            if begin == first and stop == last:
+                self._blocks[block] = blake3(part.data).hexdigest()
+            else:
+                self._partial(block, begin - first, part, last - first)
+            begin = stop
+
+    def _partial(self, block: int, at: int, part: np.ndarray, size: int) -> None:
+        with _CONDITION:
+            while self._position.get(block, 0) != at and not self._stopped:
+                _CONDITION.wait()
+            if self._stopped:
+                return
+            hasher = self._hashers.setdefault(block, blake3())
+        hasher.update(part.data)
+        with _CONDITION:
+            self._position[block] = at + len(part)
+            if at + len(part) == size:
+                self._blocks[block] = hasher.hexdigest()
+                del self._hashers[block]
+            _CONDITION.notify_all()
+
+    def stop(self) -> None:
+        """Let every thread that waits here give up."""
+        with _CONDITION:
+            self._stopped = True
+            _CONDITION.notify_all()
+
+    def blocks(self) -> tuple[str, ...]:
+        """Return all digests; every byte must have arrived."""
+        found = tuple(block for block in self._blocks if block is not None)
+        assert len(found) == len(self._blocks), "digests asked for before all bytes arrived"
+        return found
+
+
+# One for all tensors: threads wait rarely, and a model has tens of thousands of tensors.
+_CONDITION = threading.Condition()

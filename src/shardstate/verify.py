@@ -1,0 +1,537 @@
+"""Checks a checkpoint: structure, names, sizes, digests, and its bytes against their source.
+
+All problems are collected; only what makes checking impossible is raised.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from shardstate.catalog import Catalog, Tensors, catalog_of, merge_catalogs
+from shardstate.checkpoint import (
+    Checkpoint,
+    group_parts,
+    ordinary_files,
+    read_header_bytes,
+    refuse_unlisted,
+)
+from shardstate.digest import BLOCK_BYTES, digest_of, rank_file_digest
+from shardstate.errors import CatalogError, InputError, PathNotFound, SetError, TruncatedFile
+from shardstate.header import PREFIX_BYTES, Header, parse_header
+from shardstate.manifest import (
+    MAX_JSON_BYTES,
+    Manifest,
+    PartEntry,
+    Record,
+    parse_manifest,
+    parse_record,
+)
+from shardstate.names import (
+    COMPANION_BYTES,
+    DEFAULT_PATTERN,
+    MANIFEST,
+    OURS,
+    SIGNATURE,
+    Pattern,
+    check_pattern,
+    provenance_name,
+    record_name,
+    record_rank,
+)
+from shardstate.plan import Plan, make_plan, plan_identity
+from shardstate.provenance import parse_provenance
+from shardstate.report import Problem
+from shardstate.storage import Storage
+from shardstate.targets import CompareTarget, DigestTarget
+
+# Carries out plans that read from a storage; the last argument limits each to some rows.
+Execute = Callable[
+    [Sequence[Plan], Storage, DigestTarget | CompareTarget, Sequence[frozenset[int]] | None], None
+]
+
+
+@dataclass
+class Verification:
+    """What was looked at and what was found."""
+
+    problems: list[Problem] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    files: list[tuple[str, int, int | None]] = field(default_factory=list)  # name, bytes, rank
+    tensors: int = 0
+    bytes: int = 0  # of tensors
+    bytes_meta: int = 0
+    manifest: Manifest | None = None
+    records: dict[int, Record] = field(default_factory=dict)
+
+    def add(
+        self,
+        kind: str,
+        file: str,
+        problem: str,
+        *,
+        tensor: str | None = None,
+        begin: int | None = None,
+        end: int | None = None,
+    ) -> None:
+        self.problems.append(Problem(file, tensor, problem, kind, begin, end))
+
+
+@dataclass
+class _Part:
+    """A rank file whose header fits its record."""
+
+    entry: PartEntry
+    rank: int
+    catalog: Catalog
+
+
+def verify_structure(
+    storage: Storage, *, pattern: str | None, ranks: Sequence[int] | None
+) -> tuple[str, Verification]:
+    """Check the headers of an ordinary checkpoint, or of a set that vLLM wrote; return its kind."""
+    found = Verification()
+    names = list(storage.entries())
+    template = check_pattern(pattern or DEFAULT_PATTERN, tp=1)
+    kind = "vllm" if any(template.parse(name) for name in names) else "checkpoint"
+    files: list[tuple[str, int | None]] = []
+    weight_map = None
+    try:
+        if kind == "vllm":
+            grouped = group_parts(storage, names, template)
+            files = [(n, r) for r, own in grouped.items() for n in own if not ranks or r in ranks]
+        else:
+            ordinary, weight_map, found.bytes_meta = ordinary_files(storage, names)
+            files = [(name, None) for name in ordinary]
+    except CatalogError as error:
+        found.add("missing", error.file or ".", str(error), tensor=error.tensor)
+    headers: list[tuple[str, int, Header]] = []
+    for name, rank in files:
+        try:
+            size, raw = read_header_bytes(storage, name)
+            header = parse_header(raw[PREFIX_BYTES:], file=name, file_bytes=size)
+        except InputError as error:
+            _add_error(found, name, error)
+            continue
+        refuse_unlisted(name, header)
+        headers.append((name, size, header))
+        found.bytes_meta += len(raw)
+        found.files.append((name, size, rank))
+        found.tensors += len(header.names)
+        found.bytes += size - header.data_begin
+    if kind == "checkpoint" and not found.problems:
+        try:
+            catalog_of(headers, weight_map=weight_map)
+        except CatalogError as error:
+            found.add("missing", error.file or ".", str(error), tensor=error.tensor)
+    found.notes.append("no digests are recorded there: nothing vouches for the bytes")
+    return kind, found
+
+
+def verify_set(
+    storage: Storage,
+    *,
+    ranks: Sequence[int] | None,
+    full: bool,
+    source: Checkpoint | None,
+    execute: Execute,
+) -> Verification:
+    """Check a set of ours, or the given ranks of it.
+
+    `full` hashes all data; `source` compares it, through provenance, with the checkpoint that the
+    set was made from. Raises `SetError` where there is no manifest, so that there is no set.
+    """
+    found = Verification()
+    names = storage.entries()
+    if MANIFEST not in names:
+        raise SetError(
+            f"{storage.location}: has records and no {MANIFEST}: the set is incomplete, or its "
+            f"writing was interrupted; finish it with the command that began it",
+            file=MANIFEST,
+        )
+    manifest = _manifest(storage, found)
+    world = _world(storage, manifest)
+    chosen = tuple(range(world)) if ranks is None else tuple(ranks)
+    parts: list[_Part] = []
+    for rank in chosen:
+        record = _record(storage, found, rank, manifest)
+        if record is None:
+            continue
+        found.records[rank] = record
+        parts.extend(_parts(storage, found, record))
+        _provenance_file(storage, found, record)
+    _companions(storage, found, manifest)
+    if manifest is not None:
+        _cross_check(found, manifest, chosen)
+    _unlisted(storage, found, manifest)
+    if full:
+        _digests(storage, found, parts, execute)
+    if source is not None:
+        _against(storage, found, parts, source, execute)
+    return found
+
+
+def _add_error(found: Verification, name: str, error: Exception) -> None:
+    tensor = getattr(error, "tensor", None)
+    match error:
+        case PathNotFound():
+            found.add("missing", name, f"is missing: {_remedy(name)}", tensor=tensor)
+        case TruncatedFile():
+            found.add("size", name, str(error), tensor=tensor)
+        case _:
+            found.add("header", name, str(error), tensor=tensor)
+
+
+def _remedy(name: str) -> str:
+    return f"copy {name} again, or shard again with --force"
+
+
+def _manifest(storage: Storage, found: Verification) -> Manifest | None:
+    data = storage.read(MANIFEST, limit=MAX_JSON_BYTES)
+    found.bytes_meta += len(data)
+    try:
+        found.manifest = parse_manifest(data, file=MANIFEST)
+    except SetError as error:
+        found.add("digest", MANIFEST, str(error))
+    found.files.append((MANIFEST, len(data), None))
+    return found.manifest
+
+
+def _world(storage: Storage, manifest: Manifest | None) -> int:
+    """Return the number of ranks, from the manifest or else from any sound record."""
+    if manifest is not None:
+        return manifest.info.shape.world
+    ranks = [rank for name in storage.entries() if (rank := record_rank(name)) is not None]
+    for rank in ranks:
+        name = record_name(rank)
+        try:
+            record = parse_record(storage.read(name, limit=MAX_JSON_BYTES), file=name, rank=rank)
+        except InputError:
+            continue
+        return record.info.shape.world
+    return max(ranks, default=-1) + 1
+
+
+def _record(
+    storage: Storage, found: Verification, rank: int, manifest: Manifest | None
+) -> Record | None:
+    name = record_name(rank)
+    try:
+        data = storage.read(name, limit=MAX_JSON_BYTES)
+    except PathNotFound as error:
+        _add_error(found, name, error)
+        return None
+    found.bytes_meta += len(data)
+    found.files.append((name, len(data), rank))
+    try:
+        record = parse_record(data, file=name, rank=rank)
+    except SetError as error:
+        # A sound record of another rank under this name was put in the wrong place.
+        found.add("rank" if "swapped" in str(error) else "digest", name, str(error))
+        return None
+    if manifest is None:
+        return record
+    if record.set != manifest.set:
+        found.add(
+            "stale",
+            name,
+            f"is of set {record.set}, the manifest of {manifest.set}; {_remedy(name)}",
+        )
+        return None
+    listed = next(entry for entry in manifest.files if entry.name == name)
+    if listed.digest != digest_of(data):
+        found.add(
+            "digest",
+            name,
+            f"has digest {digest_of(data)}, the manifest says {listed.digest}; {_remedy(name)}",
+        )
+    return record
+
+
+def _parts(storage: Storage, found: Verification, record: Record) -> list[_Part]:
+    """Return the rank files whose size and header are sound; add the problems of the others."""
+    parts = []
+    for number, entry in enumerate(record.files):
+        name = entry.name
+        try:
+            size = storage.size(name)
+        except InputError as error:
+            _add_error(found, name, error)
+            continue
+        try:
+            _, raw = read_header_bytes(storage, name)
+            header = parse_header(raw[PREFIX_BYTES:], file=name, file_bytes=size)
+        except InputError as error:
+            if size == entry.bytes:
+                _add_error(found, name, error)
+            else:
+                _add_size(found, name, size, entry.bytes)
+            continue
+        found.bytes_meta += len(raw)
+        found.files.append((name, size, record.rank))
+        if digest_of(raw) != entry.header:
+            kind, text = _misplaced(header, record, number)
+            found.add(kind, name, f"{text}; {_remedy(name)}", begin=0, end=len(raw))
+            continue
+        if size != entry.bytes:
+            _add_size(found, name, size, entry.bytes)
+            continue
+        if rank_file_digest(entry.header, entry.blocks) != entry.digest:
+            found.add("digest", record_name(record.rank), f"its digests of {name} contradict")
+        catalog = catalog_of([(name, size, header)], weight_map=None)
+        found.tensors += len(catalog)
+        found.bytes += size - header.data_begin
+        parts.append(_Part(entry, record.rank, catalog))
+    return parts
+
+
+def _add_size(found: Verification, name: str, size: int, expected: int) -> None:
+    found.add(
+        "size",
+        name,
+        f"has {size} bytes, expected {expected}; {_remedy(name)}",
+        begin=min(size, expected),
+        end=max(size, expected),
+    )
+
+
+def _misplaced(header: Header, record: Record, number: int) -> tuple[str, str]:
+    """Tell a header that belongs to another rank, part or set from a damaged one."""
+    said = header.metadata
+    if "shardstate" in said and said.get("set") != record.set:
+        return "stale", f"is of set {said.get('set')}, expected {record.set}"
+    place = said.get("rank"), said.get("part")
+    if "shardstate" in said and place != (str(record.rank), str(number)):
+        return "rank", (
+            f"is part {place[1]} of rank {place[0]}, expected part {number} of rank "
+            f"{record.rank}: files were swapped"
+        )
+    return "digest", f"its header is not the one that {record_name(record.rank)} lists"
+
+
+def _provenance_file(storage: Storage, found: Verification, record: Record) -> None:
+    if record.provenance is None:
+        return
+    _small(
+        storage,
+        found,
+        provenance_name(record.rank),
+        record.provenance.bytes,
+        record.provenance.digest,
+        record.rank,
+        MAX_JSON_BYTES,
+    )
+
+
+def _companions(storage: Storage, found: Verification, manifest: Manifest | None) -> None:
+    wanted = {c.name: (c.bytes, c.digest) for r in found.records.values() for c in r.companions}
+    if manifest is not None:
+        wanted |= {f.name: (f.bytes, f.digest) for f in manifest.files if f.rank is None}
+    for name, (nbytes, digest) in sorted(wanted.items()):
+        _small(storage, found, name, nbytes, digest, None, COMPANION_BYTES)
+
+
+def _small(
+    storage: Storage,
+    found: Verification,
+    name: str,
+    nbytes: int,
+    digest: str,
+    rank: int | None,
+    limit: int,
+) -> None:
+    """Check size and digest of a file that is hashed as a whole."""
+    try:
+        size = storage.size(name)
+        if size != nbytes:
+            _add_size(found, name, size, nbytes)
+            return
+        data = storage.read(name, limit=limit)
+    except InputError as error:
+        _add_error(found, name, error)
+        return
+    found.bytes_meta += len(data)
+    found.files.append((name, size, rank))
+    if (is_ := digest_of(data)) != digest:
+        found.add("digest", name, f"has digest {is_}, expected {digest}; {_remedy(name)}")
+
+
+def _cross_check(found: Verification, manifest: Manifest, ranks: Sequence[int]) -> None:
+    """Compare what the manifest lists with what the records list."""
+    records = {rank: record for rank, record in found.records.items() if rank in ranks}
+    listed = {entry.name: entry for entry in manifest.files}
+    for rank, record in records.items():
+        for file in record.files:
+            entry = listed.get(file.name)
+            if entry is None or (entry.bytes, entry.digest, entry.rank) != (
+                file.bytes, file.digest, rank
+            ):  # fmt: skip
+                found.add(
+                    "digest",
+                    MANIFEST,
+                    f"does not list {file.name} as {record_name(rank)} does; {_remedy(MANIFEST)}",
+                )
+
+
+def _unlisted(storage: Storage, found: Verification, manifest: Manifest | None) -> None:
+    """Find rank files, and records, that nothing lists."""
+    listed = {f.name for f in manifest.files} if manifest else set()
+    listed |= {f.name for record in found.records.values() for f in record.files}
+    patterns = {Pattern(r.info.pattern) for r in found.records.values()}
+    if manifest is not None:
+        patterns.add(Pattern(manifest.info.pattern))
+    set_id = manifest.set if manifest else next((r.set for r in found.records.values()), None)
+    others = []
+    for name in storage.entries():
+        if name in listed or name in (MANIFEST, SIGNATURE):
+            continue
+        if name.endswith(".safetensors"):
+            try:
+                size, raw = read_header_bytes(storage, name)
+                marks = parse_header(raw[PREFIX_BYTES:], file=name, file_bytes=size).metadata
+            except InputError:
+                marks = {}
+            if "shardstate" in marks and marks.get("set") != set_id:
+                found.add(
+                    "stale",
+                    name,
+                    f"is of set {marks.get('set')}, and no record lists it; remove it",
+                )
+            elif "shardstate" in marks or any(p.parse(name) is not None for p in patterns):
+                found.add("extra", name, "no record lists it; remove it")
+            else:
+                others.append(name)
+        elif manifest is not None and record_rank(name) is not None:
+            found.add("stale", name, f"is not listed by {MANIFEST}; remove it")
+        elif manifest is not None:
+            others.append(name)
+    if others:
+        what = "temporary files" if all(n.startswith(OURS) for n in others) else "other files"
+        found.notes.append(f"{what} that the set does not list: {', '.join(others[:10])}")
+
+
+def _digests(
+    storage: Storage, found: Verification, parts: Sequence[_Part], execute: Execute
+) -> None:
+    """Hash all data and compare it, block by block."""
+    target = DigestTarget([part.catalog for part in parts])
+    execute([plan_identity(part.catalog) for part in parts], storage, target, None)
+    for slot, part in enumerate(parts):
+        for row, expected in enumerate(part.entry.blocks):
+            tensor, have = part.catalog.tensor(row), target.blocks(slot, row)
+            if len(expected) != len(have):
+                name = record_name(part.rank)
+                found.add(
+                    "digest",
+                    name,
+                    f"lists {len(expected)} blocks, expected {len(have)}; {_remedy(name)}",
+                    tensor=tensor.name,
+                )
+            for number, (want, is_) in enumerate(zip(expected, have, strict=False)):
+                if want != is_:
+                    begin = tensor.begin + number * BLOCK_BYTES
+                    found.add(
+                        "digest",
+                        part.entry.name,
+                        f"block {number} has digest {is_}, expected {want}; "
+                        f"{_remedy(part.entry.name)}",
+                        tensor=tensor.name,
+                        begin=begin,
+                        end=min(begin + BLOCK_BYTES, tensor.end),
+                    )
+
+
+def _against(
+    storage: Storage,
+    found: Verification,
+    parts: Sequence[_Part],
+    source: Checkpoint,
+    execute: Execute,
+) -> None:
+    """Make every rank anew from the source, in memory, and compare it with what is stored."""
+    plans: list[Plan] = []
+    stored: list[tuple[Tensors, Catalog]] = []
+    wanted: list[frozenset[int]] = []
+    differ: set[str] = set()
+    assert source.catalog is not None
+    for record in found.records.values():
+        name = provenance_name(record.rank)
+        if record.provenance is None:
+            found.add("source", name, "the set has no provenance: its source cannot be compared")
+            continue
+        try:
+            data = storage.read(name, limit=MAX_JSON_BYTES)
+            plan = parse_provenance(data, file=name, set_id=record.set, rank=record.rank)
+        except PathNotFound:
+            continue  # listed as missing already
+        except InputError as error:
+            if not any(problem.file == name for problem in found.problems):
+                found.add("digest", name, str(error))
+            continue
+        catalog = merge_catalogs([part.catalog for part in parts if part.rank == record.rank])
+        rebased, absent = _rebase(plan, source.catalog)
+        differ |= absent
+        plans.append(rebased)
+        stored.append((rebased.tensors, catalog))
+        wanted.append(_comparable(found, name, rebased, catalog, absent, plan))
+    for name in sorted(differ):
+        found.add(
+            "source",
+            MANIFEST,
+            "the source given holds no such tensor with that dtype and shape: it is not the "
+            "source of this set",
+            tensor=name,
+        )
+    target = CompareTarget(storage, stored)
+    execute(plans, source.storage, target, wanted)
+    for difference in target.differences:
+        catalog = stored[difference.slot][1]
+        tensor = catalog.tensor(catalog.row[plans[difference.slot].tensors.names[difference.dest]])
+        found.add(
+            "source",
+            tensor.file,
+            f"differs from the source; {_remedy(tensor.file)}",
+            tensor=tensor.name,
+            begin=tensor.begin + difference.begin,
+            end=tensor.begin + difference.end,
+        )
+
+
+def _rebase(plan: Plan, source: Catalog) -> tuple[Plan, set[str]]:
+    """Return `plan` reading from `source` by name, and the names that are not there alike."""
+    old = plan.catalog
+    rows = np.full(len(old), -1, dtype=np.int64)
+    for row, name in enumerate(old.names):
+        at = source.row.get(name)
+        if at is not None and (source.dtypes[at], source.shapes[at]) == (
+            old.dtypes[row], old.shapes[row]
+        ):  # fmt: skip
+            rows[row] = at
+    used = {old.names[row] for row in np.unique(plan.source) if rows[row] < 0}
+    copies = [
+        replace(copy, source=int(rows[copy.source])) for copy in plan if rows[copy.source] >= 0
+    ]
+    return make_plan(source, plan.tensors, copies, plan.fills, plan.literals), used
+
+
+def _comparable(
+    found: Verification, name: str, plan: Plan, stored: Catalog, absent: set[str], original: Plan
+) -> frozenset[int]:
+    """Return the rows of the plan's tensors that are stored alike and have their sources."""
+    lost = {copy.dest for copy in original if original.catalog.names[copy.source] in absent}
+    sound = []
+    for row, tensor in enumerate(plan.tensors.names):
+        at = stored.row.get(tensor)
+        if at is None or row in lost:
+            continue  # its file is listed as missing or damaged, or its source as another
+        if (stored.dtypes[at], stored.shapes[at]) != (
+            plan.tensors.dtypes[row], plan.tensors.shapes[row]
+        ):  # fmt: skip
+            found.add(
+                "digest", name, "says another dtype or shape than the rank file", tensor=tensor
+            )
+            continue
+        sound.append(row)
+    return frozenset(sound)
