@@ -50,9 +50,9 @@ from shardstate.sharding import (
     Rank,
     Rule,
     Topology,
-    assign,
     check_shares,
     describe,
+    match_rules,
     parse_rules,
     rules_json,
 )
@@ -301,7 +301,7 @@ def shard(
             _refuse_nested(checkpoint.location, os.fspath(out))
         with phases("plan"):
             resolved, where = _rules_of(checkpoint, rules, layout)
-            kinds = _kinds(checkpoint, resolved, where, tp)
+            matched, kinds = _kinds(checkpoint, resolved, where, tp)
             plans = [
                 _checked(plan_shares(checkpoint.catalog, kinds, rank=Rank(rank, tp), dtype=dtype))
                 for rank in chosen
@@ -319,7 +319,7 @@ def shard(
                 info=info,
                 fingerprint=info.source.fingerprint,
                 max_part_bytes=max_part_bytes,
-                rules_digest=digest_of(rules_json(resolved)),
+                rules_digest=digest_of(rules_json(matched)),
             )
             parts = {
                 rank: plan_parts(
@@ -373,6 +373,7 @@ def shard(
                         dict(zip(chosen, plans, strict=True)),
                         parts,
                         provenance,
+                        reads,
                         report,
                         force=force,
                         threads=threads or WRITE_THREADS,
@@ -561,12 +562,17 @@ def _rules_of(
     return parse_rules(table.read_bytes(), config=config, where=where), where
 
 
-def _kinds(checkpoint: Checkpoint, rules: tuple[Rule, ...], where: str, tp: int) -> list[Kind]:
+def _kinds(
+    checkpoint: Checkpoint, rules: tuple[Rule, ...], where: str, tp: int
+) -> tuple[list[Rule], list[Kind]]:
+    """Return the rules that match anything, in their order, and the kind of each tensor."""
     catalog = checkpoint.catalog
     assert catalog is not None
-    kinds = assign(catalog.names, rules, where=where)
+    matched = match_rules(catalog.names, rules, where=where)
+    kinds = [rule.kind for rule in matched]
     check_shares(catalog.names, catalog.shapes, kinds, world=tp)
-    return kinds
+    used = set(matched)
+    return [rule for rule in rules if rule in used], kinds
 
 
 def _rank_plan(
@@ -587,7 +593,7 @@ def _rank_plan(
             )
         place = Rank(rank, tp)
         resolved, where = _rules_of(checkpoint, rules, layout)
-        kinds = _kinds(checkpoint, resolved, where, tp)
+        _, kinds = _kinds(checkpoint, resolved, where, tp)
         made = plan_shares(checkpoint.catalog, kinds, rank=place, dtype=dtype)
         return _Made(_checked(made), Topology(tp), kinds)
     topology = checkpoint.topology
@@ -767,6 +773,7 @@ def _write(
     plans: Mapping[int, Plan],
     parts: Mapping[int, Sequence[PartFile]],
     provenance: Mapping[int, bytes],
+    reads: Sequence[Read],
     report: Report,
     *,
     force: bool,
@@ -792,7 +799,8 @@ def _write(
 
     rest = [[part for part in parts[rank] if part.part not in kept[rank]] for rank in ranks]
     wanted = [frozenset(row for part in each for row in part.rows) for each in rest]
-    reads = _file_reads([plans[rank] for rank in ranks], wanted)
+    if len(kept) < len(plans) or any(kept.values()):
+        reads = _file_reads([plans[rank] for rank in ranks], wanted)
     with FilesTarget(target, rest, finished) as files:
         counters = execute(
             reads,

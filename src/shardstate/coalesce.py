@@ -148,7 +148,9 @@ def plan_reads(
 
 
 def _read(names: Sequence[str], file: int, begin: int, end: int, pieces: list[Piece]) -> Read:
-    return Read(names[file] if file >= 0 else None, begin, end, tuple(pieces))
+    if file < 0:
+        return Read(None, 0, 0, tuple(pieces))
+    return Read(names[file], begin, end, tuple(pieces))
 
 
 def _bridged_gaps(
@@ -236,11 +238,10 @@ def _cut(move: Move, widths: tuple[int, int], limit: int, max_gap_bytes: int) ->
             yield Move(move.source, move.dest, canonical([(min(head, size), source, dest)]))
             at = head
         count = count or limit // each
+    loops = canonical([(count, source, dest), *rest])
     while at < size:
         step = min(count, size - at)
-        yield Move(
-            move.source + at * source,
-            move.dest + at * dest,
-            canonical([(step, source, dest), *rest]),
-        )
+        if step < count:
+            loops = canonical([(step, source, dest), *rest])
+        yield Move(move.source + at * source, move.dest + at * dest, loops)
         at += step

@@ -15,7 +15,7 @@ import numpy as np
 
 from shardstate.buffers import staging_buffer
 from shardstate.coalesce import Read
-from shardstate.memory import MemoryMeter
+from shardstate.meter import MemoryMeter
 from shardstate.storage import Storage
 from shardstate.targets import Target
 

@@ -92,7 +92,8 @@ def parse_header(raw: bytes, *, file: str, file_bytes: int) -> Header:
         raise fault(f"the header begins with {raw[:1]!r}, expected b'{{'")
     try:
         entries = _ENTRIES.decode(raw)
-        metadata = _METADATA.decode(entries.pop("__metadata__", msgspec.Raw(b"{}")))
+        described = entries.pop("__metadata__", None)
+        metadata = {} if described is None else _METADATA.decode(described)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise fault(f"the header is not the JSON of safetensors: {error}") from None
     rows: list[tuple[int, int, str, _Info]] = []
@@ -102,8 +103,9 @@ def parse_header(raw: bytes, *, file: str, file_bytes: int) -> Header:
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise fault(f"{error}", name) from None
         rows.append((*info.data_offsets, name, info))
-    # Without escapes each entry shows this key once: a cheap proof that no name came twice.
-    if b"\\" in raw or raw.count(b'"data_offsets"') != len(rows):
+    # Without escapes an entry has five strings: a cheap proof that no name or key came twice.
+    strings = 5 * len(rows) + (0 if described is None else 1 + 2 * len(metadata))
+    if b"\\" in raw or b"-0" in raw or raw.count(b'"') != 2 * strings:
         _refuse_duplicates(raw, fault)
     rows.sort(key=lambda row: row[:2])
     data_begin = PREFIX_BYTES + len(raw)
@@ -116,6 +118,8 @@ def parse_header(raw: bytes, *, file: str, file_bytes: int) -> Header:
             what = "overlaps the tensor before it" if begin < at else "leaves a gap before it"
             raise fault(f"begins at data byte {begin}, expected {at}: {what}", name)
         bits = prod(info.shape) * dtype.bits
+        if not bits and prod(n for n in info.shape if n) > _MAX_INT:
+            raise fault(f"shape {list(info.shape)} overflows, expected sizes below 2**63", name)
         if bits != (end - begin) * 8:
             raise fault(
                 f"shape {list(info.shape)} of {info.dtype} takes {bits / 8:g} bytes, "
@@ -162,8 +166,8 @@ def serialise_header(
     return len(raw).to_bytes(PREFIX_BYTES, "little") + raw
 
 
-def _refuse_duplicates(raw: bytes, fault: Callable[[str, str], HeaderError]) -> None:
-    """Raise if a name, or a key of one entry, is there twice."""
+def _refuse_duplicates(raw: bytes, fault: Callable[..., HeaderError]) -> None:
+    """Raise if a name, or a key of one entry, is there twice, or a number is written as -0."""
 
     def once(pairs: Sequence[tuple[str, object]]) -> dict[str, object]:
         if len(found := dict(pairs)) != len(pairs):
@@ -172,4 +176,12 @@ def _refuse_duplicates(raw: bytes, fault: Callable[[str, str], HeaderError]) -> 
             raise fault("the header names it twice", twice)
         return found
 
-    json.loads(raw, object_pairs_hook=once)
+    def natural(digits: str) -> int:
+        if digits.startswith("-") or len(digits) > len(str(_MAX_INT)):
+            raise fault(f"{digits[:32]} is no size or offset, expected 0 to {_MAX_INT}")
+        return int(digits)
+
+    try:
+        json.loads(raw, object_pairs_hook=once, parse_int=natural)
+    except (RecursionError, UnicodeDecodeError):
+        raise fault("the header is not the JSON of safetensors") from None

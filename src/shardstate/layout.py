@@ -174,12 +174,11 @@ def intersect(a: Region, b: Region) -> list[Region]:
 def union_size(regions: Iterable[Region]) -> int:
     """Return how many different elements `regions` touch; `NotNested` where they do not nest."""
     unique = {region for region in regions if region.size}
-    if len(unique) < 2:
-        return sum(_distinct(region) for region in unique)
     ordered = sorted(unique, key=lambda region: region.offset)
-    if all(a.end <= b.offset for a, b in pairwise(ordered)):
+    apart = all(a.end <= b.offset for a, b in pairwise(ordered))
+    if apart and not any(_folds(region) for region in ordered):
         return sum(_distinct(region) for region in ordered)
-    loops = [[(n, s, 0) for n, s in region.loops if s] for region in ordered]
+    loops = [[(n, s, 0) for n, s in region.loops if s and n > 1] for region in ordered]
     units = _units(*([s for _, s, _ in each] for each in loops))
     boxes = [
         [(begin, begin + size) for begin, size, _ in digits]
@@ -200,8 +199,14 @@ def union_size(regions: Iterable[Region]) -> int:
 
 
 def overlap(regions: Sequence[Region]) -> tuple[int, int] | None:
-    """Return the indices of two regions that share an element, or None."""
+    """Return the indices of two regions that share an element, or None.
+
+    Both are the same where a region touches an element twice. `NotNested` as for `compose`.
+    """
     order = sorted((i for i, r in enumerate(regions) if r.size), key=lambda i: regions[i].offset)
+    for i in order:
+        if _folds(regions[i]) and union_size([regions[i]]) < regions[i].size:
+            return i, i
     open_: list[int] = []
     for i in order:
         open_ = [j for j in open_ if regions[j].end > regions[i].offset]
@@ -227,6 +232,16 @@ def runs(region: Region) -> Iterator[tuple[int, int]]:
 
 def _distinct(region: Region) -> int:
     return prod(n for n, s in region.loops if s)
+
+
+def _folds(region: Region) -> bool:
+    """Whether `region` may touch an element twice: some loop does not step over those inside it."""
+    reach = 0
+    for size, stride in sorted(region.loops, key=lambda loop: loop[1]):
+        if size > 1 and stride <= reach:
+            return True
+        reach += (size - 1) * stride
+    return False
 
 
 def _units(*strides: Sequence[int]) -> list[int]:

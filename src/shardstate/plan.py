@@ -105,9 +105,38 @@ class Plan:
         )
 
     @cached_property
-    def copies(self) -> tuple[Copy, ...]:
-        """Every copy as a view."""
-        return tuple(self)
+    def size(self) -> np.ndarray:
+        """Elements of each copy."""
+        product = np.multiply.reduceat(np.append(self.loops[:, 0], 1), self._first)
+        return np.where(self._has_loops, product, 1)
+
+    @cached_property
+    def source_end(self) -> np.ndarray:
+        """One past the last element of the source that each copy reads."""
+        spans = (self.loops[:, 0] - 1) * self.loops[:, 1]
+        reach = np.add.reduceat(np.append(spans, 0), self._first) * self._has_loops
+        end: np.ndarray = self.source_offset + reach + 1
+        return end
+
+    @cached_property
+    def dense(self) -> np.ndarray:
+        """Whether each copy fills one run of its destination."""
+        sizes, strides = self.loops[:, 0], self.loops[:, 2]
+        tight = np.empty(len(self.loops) + 1, dtype=bool)
+        tight[:-2] = strides[:-1] == sizes[1:] * strides[1:]
+        tight[-2:] = True
+        last = self.loop_begin[1:][self._has_loops] - 1
+        tight[last] = strides[last] == 1
+        run: np.ndarray = np.logical_and.reduceat(tight, self._first) | ~self._has_loops
+        return run
+
+    @property
+    def _first(self) -> np.ndarray:
+        return self.loop_begin[:-1]
+
+    @property
+    def _has_loops(self) -> np.ndarray:
+        return np.diff(self.loop_begin) > 0
 
     def __iter__(self) -> Iterator[Copy]:
         return (self.copy(i) for i in range(len(self)))
@@ -226,24 +255,30 @@ def faults(plan: Plan) -> list[str]:
     """Return what keeps `plan` from defining each element of its tensors exactly once."""
     found: list[str] = []
     writes: dict[int, list[Region]] = defaultdict(list)  # in bytes of the destination
-    contiguous: dict[int, int] = {}
-    for copy in plan:
-        move, name = copy.move, plan.tensors.names[copy.dest]
-        if move.source < 0 or move.source_region.end * DTYPES[
-            copy.source_dtype
-        ].itemsize > plan.catalog.nbytes(copy.source):
-            found.append(f"{name}: reads past {plan.catalog.names[copy.source]}")
-        if move.dest == 0 and (not move.loops or (len(move.loops) == 1 and move.loops[0][2] == 1)):
-            contiguous[copy.dest] = move.size * DTYPES[copy.dest_dtype].itemsize
-        writes[copy.dest].append(_scaled(move.dest_region, DTYPES[copy.dest_dtype].itemsize))
+    widths = np.array([DTYPES[tag].itemsize for tag in plan.tags], dtype=np.int64)
+    stored = np.array([plan.catalog.nbytes(row) for row in range(len(plan.catalog))])
+    for i in np.flatnonzero(plan.source_end * widths[plan.source_tag] > stored[plan.source]):
+        name = plan.tensors.names[plan.dest[i]]
+        found.append(f"{name}: reads past {plan.catalog.names[plan.source[i]]}")
+    # Nearly every tensor is one copy that fills it from end to end: told without a loop.
+    made = np.array([plan.tensors.nbytes(row) for row in range(len(plan.tensors))])
+    fills = plan.dense & (plan.dest_offset == 0)
+    fills &= plan.size * widths[plan.dest_tag] == made[plan.dest]
+    alone = np.bincount(plan.dest, minlength=len(made)) == 1
+    alone[[fill.dest for fill in plan.fills]] = False
+    alone[[literal.dest for literal in plan.literals]] = False
+    done = set(plan.dest[fills & alone[plan.dest]].tolist())
+    for i in np.flatnonzero(~(fills & alone[plan.dest])):
+        copy = plan.copy(i)
+        writes[copy.dest].append(_scaled(copy.move.dest_region, DTYPES[copy.dest_dtype].itemsize))
     for fill in plan.fills:
         writes[fill.dest].append(_scaled(fill.region, DTYPES[fill.dtype].itemsize))
     for literal in plan.literals:
         writes[literal.dest].append(Region(literal.begin, ((len(literal.data), 1),)))
     for row, name in enumerate(plan.tensors.names):
-        regions, nbytes = writes.get(row, []), plan.tensors.nbytes(row)
-        if len(regions) == 1 and contiguous.get(row) == nbytes:
+        if row in done:
             continue
+        regions, nbytes = writes.get(row, []), int(made[row])
         covered = sum(region.size for region in regions)
         if any(region.offset < 0 or region.end > nbytes for region in regions):
             found.append(f"{name}: writes past its end")
@@ -265,20 +300,27 @@ def bytes_wanted(plans: Iterable[Plan]) -> int:
 
     The plans have one catalog. A byte that several of them need counts once.
     """
-    regions: dict[int, set[tuple[Region, int]]] = defaultdict(set)
+    regions: dict[int, dict[tuple[object, ...], Copy]] = defaultdict(dict)
     catalog: Catalog | None = None
     for plan in plans:
         catalog = plan.catalog
-        for copy in plan:
-            regions[copy.source].add((copy.move.source_region, DTYPES[copy.source_dtype].itemsize))
+        offsets, ends = plan.source_offset.tolist(), plan.loop_begin.tolist()
+        for i, row in enumerate(plan.source.tolist()):
+            # Ranks that hold the same region are told apart without making a view of each.
+            loops = plan.loops[ends[i] : ends[i + 1], :2].tobytes()
+            seen = regions[row]
+            key = (offsets[i], loops, plan.tags[plan.source_tag[i]])
+            if key not in seen:
+                seen[key] = plan.copy(i)
     total = 0
     for row, found in regions.items():
-        widths = {width for _, width in found}
+        touched = [(c.move.source_region, DTYPES[c.source_dtype].itemsize) for c in found.values()]
+        widths = {width for _, width in touched}
         try:
             if len(widths) == 1:
-                total += union_size(r for r, _ in found) * widths.pop()
+                total += union_size(region for region, _ in touched) * widths.pop()
             else:
-                total += union_size(_scaled(r, width) for r, width in found)
+                total += union_size(_scaled(region, width) for region, width in touched)
         except NotNested as error:
             assert catalog is not None
             name = catalog.names[row]

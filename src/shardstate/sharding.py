@@ -144,20 +144,23 @@ def parse_rules(data: bytes, *, config: Mapping[str, Any] | None, where: str) ->
     return tuple(rules)
 
 
-def assign(names: Iterable[str], rules: Sequence[Rule], *, where: str) -> list[Kind]:
-    """Return the kind of each of `names`; `NoRule` lists all names that no rule matches."""
+def match_rules(names: Iterable[str], rules: Sequence[Rule], *, where: str) -> list[Rule]:
+    """Return the first of `rules` that matches each of `names`.
+
+    `NoRule` lists all names that none matches; `where` says in errors whose rules they are.
+    """
     # By the last component first: a model has tens of thousands of names and few endings.
-    kinds: list[Kind] = []
+    found: list[Rule] = []
     unmatched: list[str] = []
-    cache: dict[str, list[Rule]] = {}
+    endings: dict[str, list[Rule]] = {}
     for name in names:
         components = name.split(".")
         last = components[-1]
-        if last not in cache:
-            cache[last] = [r for r in rules if r.match.rsplit(".", 1)[-1] in ("*", last)]
-        for rule in cache[last]:
+        if last not in endings:
+            endings[last] = [r for r in rules if r.match.rsplit(".", 1)[-1] in ("*", last)]
+        for rule in endings[last]:
             if rule.matches(components):
-                kinds.append(rule.kind)
+                found.append(rule)
                 break
         else:
             unmatched.append(name)
@@ -168,7 +171,12 @@ def assign(names: Iterable[str], rules: Sequence[Rule], *, where: str) -> list[K
             f"give rules that name them (--rules FILE)",
             names=tuple(unmatched),
         )
-    return kinds
+    return found
+
+
+def assign(names: Iterable[str], rules: Sequence[Rule], *, where: str) -> list[Kind]:
+    """Return the kind of each of `names`, by the first rule that matches it."""
+    return [rule.kind for rule in match_rules(names, rules, where=where)]
 
 
 def check_shares(

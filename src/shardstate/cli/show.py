@@ -35,6 +35,11 @@ def size(nbytes: float | None) -> str:
     return f"{nbytes:.4g} TB"
 
 
+def count(number: int | None, noun: str) -> str:
+    """Return a number with its noun, in the plural where that is right."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def _table(*columns: str) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold", show_edge=False)
     for i, column in enumerate(columns):
@@ -64,7 +69,7 @@ def _inspect(console: Console, arguments: Mapping[str, Any], report: Report) -> 
     if report.set:
         console.print(f"set {report.set}")
     console.print(
-        f"{report.tensors} tensors, {size(report.bytes)} in {report.files} files"
+        f"{count(report.tensors, 'tensor')}, {size(report.bytes)} in {count(report.files, 'file')}"
         + (f", {size(report.padding_bytes)} of it padding" if report.padding_bytes else "")
     )
     console.print()
@@ -100,7 +105,7 @@ def _tensors(console: Console, tensors: Sequence[Mapping[str, Any]]) -> None:
 def _rules(console: Console, report: Report) -> None:
     if report.by_rule:
         console.print()
-        table = _table("how rank's tensors are made", "tensors", "bytes")
+        table = _table("how a rank is made", "tensors", "bytes")
         for row in report.by_rule:
             table.add_row(row["rule"], str(row["tensors"]), size(row["bytes"]))
         console.print(table)
@@ -114,10 +119,11 @@ def _plan(console: Console, arguments: Mapping[str, Any], report: Report) -> Non
         f"[bold]{source}[/bold]: rank {report.ranks[0]} of {report.topology['tp']}, "
         f"layout {report.layout or 'rules'}"
     )
-    console.print(f"makes  {size(report.bytes)} in {report.tensors} tensors")
+    console.print(f"makes  {size(report.bytes)} in {count(report.tensors, 'tensor')}")
     console.print(f"wants  {size(report.bytes_wanted)} of what is stored")
     console.print(
-        f"reads  {size(report.bytes_read)} in {report.requests} requests from {report.files} files"
+        f"reads  {size(report.bytes_read)} in {count(report.requests, 'request')} "
+        f"from {count(report.files, 'file')}"
     )
     _rules(console, report)
     wanted, read = report.bytes_wanted or 0, report.bytes_read or 0
@@ -174,10 +180,12 @@ def _load(console: Console, arguments: Mapping[str, Any], report: Report) -> Non
 
 def _verify(console: Console, arguments: Mapping[str, Any], report: Report) -> None:
     path = escape(str(arguments["path"]))
-    looked = f"{report.files} files, {report.tensors} tensors, {size(report.bytes)}"
+    looked = (
+        f"{count(report.files, 'file')}, {count(report.tensors, 'tensor')}, {size(report.bytes)}"
+    )
     if report.problems:
         console.print(
-            f"[bold red]{path}: {len(report.problems)} problems[/bold red] in {looked}; "
+            f"[bold red]{path}: {count(len(report.problems), 'problem')}[/bold red] in {looked}; "
             f"{_seconds(report, 'read')}"
         )
         for problem in report.problems:

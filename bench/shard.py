@@ -1,0 +1,95 @@
+"""How fast is sharding, digests included, beside a plain copy of the same bytes?
+
+Both end with fsync. Rounds are interleaved and begin with nothing left to write; the source is in
+the page cache for both, as far as memory allows. Prints one JSON line; figures are medians.
+`ratio` is the median time of cp by the median `phases.write` of shard: above 1 is faster than cp.
+
+    python bench/shard.py [--source DIR] [--tp 8] [--rounds 5] [--work bench/out]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import time
+from pathlib import Path
+
+import shardstate
+from checkpoint import make_llama
+
+
+def copy(source: Path, target: Path) -> float:
+    """Return the seconds of `cp` and of fsync of what it wrote."""
+    began = time.perf_counter()
+    subprocess.run(["cp", "-r", "--reflink=never", source, target], check=True)
+    for file in target.iterdir():
+        with open(file, "rb") as opened:
+            os.fsync(opened.fileno())
+    return time.perf_counter() - began
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    return {
+        "median": round(statistics.median(values), 3),
+        "min": round(min(values), 3),
+        "max": round(max(values), 3),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--source", type=Path)
+    parser.add_argument("--tp", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--work", type=Path, default=Path("bench/out"))
+    arguments = parser.parse_args()
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    source, target = arguments.source, arguments.work / "target"
+    if source is None:
+        source = arguments.work / "llama-2.2GB"
+        if not (source / "config.json").exists():
+            make_llama(source, nbytes=2_200_000_000, files=4)
+    copies, writes, totals, extra = [], [], [], []
+    report = None
+    for number in range(arguments.rounds + 1):
+        shutil.rmtree(target, ignore_errors=True)
+        os.sync()
+        seconds = copy(source, target)
+        shutil.rmtree(target)
+        os.sync()
+        report = shardstate.shard(source, target, tp=arguments.tp)
+        if number:  # the first round warms caches and counts for nobody
+            copies.append(seconds)
+            writes.append(report.phases["write"])
+            totals.append(report.seconds)
+            extra.append(report.peak_extra_bytes)
+    assert report is not None
+    problems = shardstate.verify(target, against=source).problems
+    shutil.rmtree(target)
+    gigabytes = report.bytes / 1e9
+    result = {
+        "bench": "shard",
+        "bytes": report.bytes,
+        "tp": arguments.tp,
+        "rounds": arguments.rounds,
+        "cp_fsync_seconds": spread(copies),
+        "shard_write_seconds": spread(writes),
+        "shard_all_seconds": spread(totals),
+        "shard_write_gbps": round(gigabytes / statistics.median(writes), 3),
+        "cp_gbps": round(gigabytes / statistics.median(copies), 3),
+        "ratio": round(statistics.median(copies) / statistics.median(writes), 2),
+        "ratio_by_round": [round(c / w, 2) for c, w in zip(copies, writes, strict=True)],
+        "peak_extra_bytes": max(extra),
+        "problems_against_source": len(problems),
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}, Linux {platform.release()}",
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
