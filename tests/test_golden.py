@@ -7,7 +7,7 @@ import pytest
 from blake3 import blake3
 
 import shardstate
-from shardstate import api
+from shardstate.api import planning
 from shardstate.storage import LocalStorage
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -31,7 +31,7 @@ def at_golden_source(monkeypatch):
             found.location = "/golden/source"
         return found
 
-    monkeypatch.setattr(api, "_storage", storage)
+    monkeypatch.setattr(planning, "storage_at", storage)
 
 
 @pytest.mark.parametrize("ranks", [None, [[1], [0]]])

@@ -52,6 +52,8 @@ from shardstate.names import (
     record_rank,
 )
 from shardstate.parts import PartFile
+from shardstate.plan import Plan
+from shardstate.provenance import provenance_json
 from shardstate.storage import Entry, Storage, Writable
 
 _log = logging.getLogger("shardstate")
@@ -102,6 +104,7 @@ class SetWriter:
         self._companions = companions
         self._identity = source_identity
         self._old_files: set[str] = set()
+        self._small: tuple[SmallFile, ...] | None = None  # the companions, once they are there
 
     def begin(
         self, parts: Mapping[int, Sequence[PartFile]], *, force: bool
@@ -164,20 +167,22 @@ class SetWriter:
         files: Sequence[PartEntry],
         *,
         padding: Mapping[str, list[list[list[int]]]],
-        provenance: bytes | None,
+        provenance: Plan | None,
     ) -> Record:
-        """Commit one rank, whose parts are all published."""
+        """Commit one rank, whose parts are all published; `provenance` is the plan that made it."""
         storage = self._storage
         own = {entry.name for entry in files}
         for name in storage.entries():
             place = self._pattern.parse(name)
             if place is not None and place[0] == rank and name not in own:
                 storage.remove(name)
-        small = tuple(self._put_companion(source, name) for source, name in self._companions)
+        if self._small is None:
+            self._small = tuple(self._put_companion(*each) for each in self._companions)
         sealed = None
         if provenance is not None:
-            storage.put(provenance_name(rank), provenance)
-            sealed = Sealed(len(provenance), digest_of(provenance))
+            data = provenance_json(provenance, set_id=self._set, rank=rank)
+            storage.put(provenance_name(rank), data)
+            sealed = Sealed(len(data), digest_of(data))
         record = Record(
             set=self._set,
             rank=rank,
@@ -185,7 +190,7 @@ class SetWriter:
             files=tuple(files),
             padding={k: [[(b, e) for b, e in box] for box in v] for k, v in padding.items()},
             provenance=sealed,
-            companions=small,
+            companions=self._small,
         )
         storage.put(record_name(rank), record_json(record))
         for part in range(len(files)):

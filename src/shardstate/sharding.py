@@ -129,7 +129,7 @@ def parse_rules(data: bytes, *, config: Mapping[str, Any] | None, where: str) ->
     """
     try:
         entries = msgspec.json.decode(data)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise RulesError(f"{where}: not JSON: {error}", file=where) from None
     if not isinstance(entries, list):
         raise RulesError(f"{where}: a rules file is a JSON list of rules", file=where)

@@ -32,8 +32,9 @@ class _Open:
 class FilesTarget:
     """Writes the parts of several ranks at once; `finished` hears of each that became visible.
 
-    Slot i of the plans writes `parts[i]`. A part is fsynced and renamed as soon as its last byte is
-    written, while others go on. On leaving the context what is unfinished is discarded.
+    Slot i of the plans writes `parts[i]`. A part is opened when its first byte comes, fsynced and
+    renamed as soon as its last one is written, while others go on. On leaving the context what is
+    unfinished is discarded.
     """
 
     def __init__(
@@ -44,29 +45,26 @@ class FilesTarget:
     ) -> None:
         self._storage, self._parts, self._finished = storage, parts, finished
         self._lock = threading.Lock()
-        self._open: list[_Open] = []
-        # Row of a slot's tensors → the open part, the tensor's number in it, its first byte.
-        self._places: list[dict[int, tuple[_Open, int, int]]] = []
+        self._open: dict[str, _Open] = {}
+        # Row of a slot's tensors → its part, the tensor's number in it, its first byte.
+        self._places = [
+            {
+                row: (part, i, begin)
+                for part in each
+                for i, (row, begin) in enumerate(zip(part.rows, part.begins, strict=True))
+            }
+            for each in parts
+        ]
 
     def __enter__(self) -> FilesTarget:
-        try:
-            for parts in self._parts:
-                places: dict[int, tuple[_Open, int, int]] = {}
-                for part in parts:
-                    opened = _Open(part, self._storage.create(part.name, part.nbytes))
-                    self._open.append(opened)
-                    for i, (row, begin) in enumerate(zip(part.rows, part.begins, strict=True)):
-                        places[row] = opened, i, begin
-                self._places.append(places)
-            for opened in list(self._open):
-                self._write(opened, 0, [memoryview(opened.part.header)])
-        except BaseException:
-            self.__exit__()
-            raise
+        # No piece ever comes for a part without data.
+        for part in (part for each in self._parts for part in each):
+            if part.nbytes == len(part.header):
+                self._opened(part)
         return self
 
     def __exit__(self, *_: object) -> None:
-        for opened in self._open:
+        for opened in self._open.values():
             opened.output.discard()
 
     def direct(self, piece: Piece) -> memoryview | None:
@@ -77,7 +75,8 @@ class FilesTarget:
         pending: list[memoryview] = []
         opened, begin, end = None, 0, 0
         for piece in read.pieces:
-            into, number, first = self._places[piece.slot][piece.dest]
+            part, number, first = self._places[piece.slot][piece.dest]
+            into = self._opened(part)
             run = piece.dest_run
             if run is None:
                 raise NotNested(
@@ -96,9 +95,18 @@ class FilesTarget:
             self._write(opened, begin, pending)
 
     def stop(self) -> None:
-        for opened in self._open:
+        for opened in list(self._open.values()):
             for hasher in opened.hashers:
                 hasher.stop()
+
+    def _opened(self, part: PartFile) -> _Open:
+        with self._lock:
+            if (opened := self._open.get(part.name)) is not None:
+                return opened
+            opened = _Open(part, self._storage.create(part.name, part.nbytes))
+            self._open[part.name] = opened
+        self._write(opened, 0, [memoryview(part.header)])
+        return opened
 
     def _write(self, opened: _Open, begin: int, views: Sequence[memoryview]) -> None:
         opened.output.write(begin, views)
@@ -113,4 +121,5 @@ class FilesTarget:
             entry = PartEntry(
                 part.name, part.nbytes, header, rank_file_digest(header, blocks), blocks
             )
+            opened.hashers = []  # tens of thousands of tensors; nothing more comes for them
             self._finished(part, entry)

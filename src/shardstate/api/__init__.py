@@ -1,0 +1,18 @@
+"""Each operation: open, plan, execute. Owns every default; the command line only calls this."""
+
+from shardstate.api.checking import verify
+from shardstate.api.loading import inspect, load, load_rank, plan
+from shardstate.api.planning import open_path as open  # noqa: A004
+from shardstate.api.writing import MAX_PART_SIZE, parse_size, shard
+
+__all__ = [
+    "MAX_PART_SIZE",
+    "inspect",
+    "load",
+    "load_rank",
+    "open",
+    "parse_size",
+    "plan",
+    "shard",
+    "verify",
+]

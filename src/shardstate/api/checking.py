@@ -1,0 +1,141 @@
+"""Operations that check: verify."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from shardstate.api.planning import (
+    MAX_GAP_BYTES,
+    PIECE_BYTES,
+    READ_BYTES,
+    READ_THREADS,
+    open_path,
+    sizes_of,
+    storage_at,
+    write_counted,
+)
+from shardstate.coalesce import plan_reads
+from shardstate.engine import Progress, execute
+from shardstate.errors import (
+    UsageError,
+)
+from shardstate.names import MANIFEST, record_rank
+from shardstate.plan import (
+    Plan,
+)
+from shardstate.report import Phases, Report
+from shardstate.storage import Storage
+from shardstate.targets import CompareTarget, DigestTarget
+from shardstate.verify import Verification, verify_set, verify_structure
+
+
+def verify(
+    path: str | os.PathLike[str],
+    *,
+    full: bool = False,
+    against: str | os.PathLike[str] | None = None,
+    ranks: Sequence[int] | None = None,
+    pattern: str | None = None,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Check a checkpoint and return all `problems`; none means that it is sound.
+
+    Sizes, names, headers, JSON files and companions always; `full` hashes all data too; `against`
+    implies `full` and compares every copy and fill with the source the set was made from. On
+    vLLM's own sets and on ordinary checkpoints only the structure can be checked.
+    """
+    phases = Phases()
+    report = Report(bytes_wanted=0, bytes_read=0, requests=0, peak_extra_bytes=0)
+
+    def carry_out(
+        plans: Sequence[Plan],
+        storage: Storage,
+        target: DigestTarget | CompareTarget,
+        wanted: Sequence[frozenset[int]] | None,
+    ) -> None:
+        reads = plan_reads(
+            plans,
+            in_dest_order=False,
+            piece_bytes=PIECE_BYTES,
+            read_bytes=READ_BYTES,
+            max_gap_bytes=MAX_GAP_BYTES,
+            wanted=wanted,
+        )
+        write_counted(
+            report,
+            execute(
+                reads,
+                storage=storage,
+                target=target,
+                threads=threads or READ_THREADS,
+                progress=progress,
+                fills_memory=False,
+            ),
+        )
+        if isinstance(target, CompareTarget):
+            report.bytes_read = (report.bytes_read or 0) + target.bytes_read
+
+    storage = storage_at(path)
+    try:
+        with phases("open"):
+            names = storage.entries()
+            is_set = MANIFEST in names or any(record_rank(name) is not None for name in names)
+            source = open_path(against) if against is not None else None
+            if source is not None and source.catalog is None:
+                raise UsageError(f"{against}: is no ordinary checkpoint to compare with")
+        with phases("read"):
+            if is_set:
+                found = verify_set(
+                    storage,
+                    ranks=_checked_ranks(ranks),
+                    full=full or source is not None,
+                    source=source,
+                    execute=carry_out,
+                )
+                report.kind = "shardstate"
+            else:
+                if full or source is not None:
+                    raise UsageError(
+                        f"{storage.location}: no digests or provenance are recorded there; "
+                        f"leave --full and --against out"
+                    )
+                report.kind, found = verify_structure(storage, pattern=pattern, ranks=ranks)
+    finally:
+        storage.close()
+        if against is not None and source is not None:
+            source.close()
+    _verified(report, found, full or source is not None)
+    return phases.finish(report, main="read")
+
+
+def _verified(report: Report, found: Verification, full: bool) -> None:
+    info = found.manifest.info if found.manifest else None
+    if info is None and found.records:
+        info = next(iter(found.records.values())).info
+    report.bytes = found.bytes
+    report.bytes_meta = found.bytes_meta
+    if full:
+        report.bytes_wanted = found.bytes
+    report.tensors = found.tensors
+    report.file_list = tuple(
+        {"name": name, "bytes": nbytes, "rank": rank} for name, nbytes, rank in found.files
+    )
+    report.files = len(found.files)
+    report.ranks = tuple(sorted(found.records)) or None
+    report.problems = tuple(found.problems)
+    report.notes = tuple(found.notes)
+    report.materialised = report.materialised_bytes = 0
+    if info is not None:
+        report.layout, report.stage = info.layout, info.stage
+        report.topology = sizes_of(info.shape)
+        report.committed = found.manifest is not None
+    if found.manifest is not None:
+        report.set = found.manifest.set
+
+
+def _checked_ranks(ranks: Sequence[int] | None) -> Sequence[int] | None:
+    if ranks is not None and (not ranks or min(ranks) < 0):
+        raise UsageError(f"ranks {list(ranks)}: expected at least one rank, 0 or more")
+    return ranks

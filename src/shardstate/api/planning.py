@@ -1,0 +1,304 @@
+"""What the operations share: opening, rules, plans, reads, and the figures of a report."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from shardstate.catalog import Tensors
+from shardstate.checkpoint import Checkpoint, open_checkpoint
+from shardstate.coalesce import Read, plan_reads
+from shardstate.digest import BLOCK_BYTES
+from shardstate.dtypes import CAST_NAMES
+from shardstate.engine import Counters
+from shardstate.errors import (
+    InputError,
+    PathNotFound,
+    RulesError,
+    SetError,
+    UsageError,
+)
+from shardstate.names import CONFIG
+from shardstate.plan import (
+    Plan,
+    bytes_wanted,
+    check_plan,
+    padding_boxes,
+    plan_identity,
+    plan_shares,
+)
+from shardstate.report import Report
+from shardstate.sharding import (
+    TABLES,
+    Kind,
+    Rank,
+    Rule,
+    Topology,
+    check_shares,
+    describe,
+    match_rules,
+    parse_rules,
+)
+from shardstate.storage import LocalStorage
+
+READ_THREADS = 2  # reach what a disk gives through the page cache
+PIECE_BYTES = BLOCK_BYTES  # so that pieces of contiguous tensors are whole digest blocks
+READ_BYTES = 2 * PIECE_BYTES
+MAX_GAP_BYTES = 256 << 10  # a local disk reads over this as fast as it begins another request
+_MAX_RULES_BYTES = 16 << 20
+
+RulesArgument = str | os.PathLike[str] | Sequence[Mapping[str, Any]] | None
+
+
+def open_path(path: str | os.PathLike[str], *, pattern: str | None = None) -> Checkpoint:
+    """Open what lies at `path`: an ordinary checkpoint, a set of ours, or one that vLLM wrote.
+
+    Reads headers and small JSON files only. `pattern` names the rank files of vLLM's own sets.
+    """
+    return open_checkpoint(storage_at(path), pattern=pattern)
+
+
+def storage_at(path: str | os.PathLike[str]) -> LocalStorage:
+    text = os.fspath(path)
+    if re.match(r"[a-z][a-z0-9+.-]*://", text):
+        raise UsageError(f"{text}: only local directories can be read; copy it to a disk first")
+    if not os.path.lexists(text):
+        raise PathNotFound(f"{text}: there is no such directory; check the path", file=text)
+    if not os.path.isdir(text):
+        raise InputError(
+            f"{text}: is no directory; give the directory that holds the checkpoint", file=text
+        )
+    return LocalStorage(text)
+
+
+def describe_checkpoint(checkpoint: Checkpoint) -> Report:
+    info = checkpoint.info
+    return Report(
+        kind=checkpoint.kind,
+        layout=info.layout if info else "vllm" if checkpoint.kind == "vllm" else None,
+        stage=checkpoint.stage,
+        topology=sizes_of(checkpoint.topology),
+        set=checkpoint.set_id,
+        committed=checkpoint.committed,
+        materialised=0,
+        materialised_bytes=0,
+    )
+
+
+def sizes_of(topology: Topology | None) -> dict[str, int] | None:
+    if topology is None:
+        return None
+    return {"tp": topology.tp, "pp": topology.pp, "dp": topology.dp}
+
+
+@dataclass(frozen=True)
+class Made:
+    """A rank's plan and how it came about."""
+
+    plan: Plan
+    topology: Topology
+    kinds: Sequence[Kind] | None  # per row of the catalog, where rules made it
+
+
+def rank_plan(
+    checkpoint: Checkpoint,
+    rank: int,
+    tp: int | None,
+    layout: str,
+    rules: RulesArgument,
+    dtype: str,
+) -> Made:
+    """Return the plan that makes `rank`, after checking the flags against what is there."""
+    checked_dtype(dtype)
+    if checkpoint.catalog is not None:
+        if tp is None:
+            raise UsageError(
+                f"{checkpoint.location}: is an ordinary checkpoint; say among how many ranks it is "
+                f"shared (--tp N, or tp=N)"
+            )
+        place = Rank(rank, tp)
+        resolved, where = rules_of(checkpoint, rules, layout)
+        _, kinds = kinds_of(checkpoint, resolved, where, tp)
+        made = plan_shares(checkpoint.catalog, kinds, rank=place, dtype=dtype)
+        return Made(checked(made), Topology(tp), kinds)
+    topology = checkpoint.topology
+    assert topology is not None
+    info = checkpoint.info
+    if tp is not None and tp != topology.tp:
+        raise UsageError(
+            f"{checkpoint.location}: is a set for tp {topology.tp}, and tp {tp} was asked for; "
+            f"leave --tp out, or shard the source for {tp} ranks"
+        )
+    if rules is not None:
+        raise UsageError(f"{checkpoint.location}: is sharded already; leave the rules out")
+    if dtype not in ("keep", info.dtype if info else "keep"):
+        raise UsageError(
+            f"{checkpoint.location}: is a set with dtype {info.dtype if info else 'keep'}, and "
+            f"{dtype} was asked for; leave --dtype out, or shard the source with it"
+        )
+    if not 0 <= rank < topology.world:
+        raise UsageError(
+            f"{checkpoint.location}: rank {rank} is out of range; the set has ranks 0 to "
+            f"{topology.world - 1}"
+        )
+    if rank not in checkpoint.ranks:
+        raise SetError(
+            f"{checkpoint.location}: has no record of rank {rank}; finish the set with "
+            f"shard --ranks {rank}"
+        )
+    return Made(plan_identity(checkpoint.rank_catalog(rank)), topology, None)
+
+
+def rules_of(
+    checkpoint: Checkpoint, rules: RulesArgument, layout: str
+) -> tuple[tuple[Rule, ...], str]:
+    """Return the resolved rules and where they come from."""
+    if layout != "rules":
+        raise UsageError(f"layout {layout!r}: expected 'rules'")
+    config = checkpoint.config()
+    if isinstance(rules, str | os.PathLike):
+        file = Path(rules)
+        try:
+            if file.stat().st_size > _MAX_RULES_BYTES:
+                raise RulesError(f"{file}: is too large for a rules file", file=str(file))
+            data = file.read_bytes()
+        except OSError as error:
+            raise PathNotFound(
+                f"{file}: cannot read the rules: {error.strerror}; check the path", file=str(file)
+            ) from error
+        return parse_rules(data, config=config, where=str(file)), str(file)
+    if rules is not None:
+        where = "the rules given"
+        return parse_rules(msgspec.json.encode(rules), config=config, where=where), where
+    ways = "give split rules (--rules FILE, or rules=[…])"
+    if config is None:
+        raise RulesError(
+            f"{checkpoint.location}: there is no {CONFIG} that names the model type; {ways}",
+            file=CONFIG,
+        )
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str) or model_type not in TABLES:
+        raise RulesError(
+            f"{checkpoint.location}: there is no built-in table for model type {model_type!r} "
+            f"(known: {', '.join(TABLES)}); {ways}",
+            file=CONFIG,
+        )
+    table = resources.files("shardstate").joinpath(f"tables/{TABLES[model_type]}.json")
+    where = f"the table for {model_type}"
+    return parse_rules(table.read_bytes(), config=config, where=where), where
+
+
+def kinds_of(
+    checkpoint: Checkpoint, rules: tuple[Rule, ...], where: str, tp: int
+) -> tuple[list[Rule], list[Kind]]:
+    """Return the rules that match anything, in their order, and the kind of each tensor."""
+    catalog = checkpoint.catalog
+    assert catalog is not None
+    matched = match_rules(catalog.names, rules, where=where)
+    kinds = [rule.kind for rule in matched]
+    check_shares(catalog.names, catalog.shapes, kinds, world=tp)
+    used = set(matched)
+    return [rule for rule in rules if rule in used], kinds
+
+
+def checked_dtype(dtype: str) -> str:
+    if dtype not in CAST_NAMES:
+        raise UsageError(f"dtype {dtype!r}: expected one of {', '.join(CAST_NAMES)}")
+    return dtype
+
+
+def checked(made: Plan) -> Plan:
+    check_plan(made)
+    return made
+
+
+def memory_reads(made: Plan) -> list[Read]:
+    return plan_reads(
+        [made],
+        in_dest_order=False,
+        piece_bytes=PIECE_BYTES,
+        read_bytes=READ_BYTES,
+        max_gap_bytes=MAX_GAP_BYTES,
+    )
+
+
+def file_reads(plans: Sequence[Plan], wanted: Sequence[frozenset[int]] | None) -> list[Read]:
+    return plan_reads(
+        plans,
+        in_dest_order=True,
+        piece_bytes=PIECE_BYTES,
+        read_bytes=READ_BYTES,
+        max_gap_bytes=MAX_GAP_BYTES,
+        wanted=wanted,
+    )
+
+
+def write_planned(
+    report: Report, plans: Sequence[Plan], reads: Sequence[Read], checkpoint: Checkpoint
+) -> None:
+    """Write the planned figures into `report`."""
+    report.bytes = sum(nbytes_of(each.tensors) for each in plans)
+    report.padding_bytes = sum(
+        padding_bytes(padding_boxes(each.fills, each.tensors), each.tensors) for each in plans
+    )
+    report.bytes_wanted = bytes_wanted(plans)
+    report.bytes_read = sum(read.nbytes for read in reads if read.file is not None)
+    report.bytes_meta = checkpoint.bytes_meta
+    report.requests = sum(read.file is not None for read in reads)
+    report.tensors = sum(len(each.tensors) for each in plans)
+    report.files = len({read.file for read in reads if read.file is not None})
+    by_dtype: Counter[str] = Counter()
+    for each in plans:
+        for row, dtype in enumerate(each.tensors.dtypes):
+            by_dtype[dtype] += each.tensors.nbytes(row)
+    report.bytes_by_dtype = dict(sorted(by_dtype.items()))
+
+
+def write_counted(report: Report, counters: Counters) -> None:
+    """Put what an execution did in the place of what was planned, or add it to what is there."""
+    if report.phases is None and report.kind is None:
+        report.bytes_read = (report.bytes_read or 0) + counters.bytes_read
+        report.requests = (report.requests or 0) + counters.requests
+    else:
+        report.bytes_read, report.requests = counters.bytes_read, counters.requests
+    report.peak_extra_bytes = max(report.peak_extra_bytes or 0, counters.peak_extra_bytes)
+
+
+def by_rule(made: Made) -> tuple[Mapping[str, Any], ...] | None:
+    """Return, for each way of sharing, how many tensors and bytes of the rank it makes."""
+    if made.kinds is None:
+        return None
+    found: dict[str, list[int]] = {}
+    row = made.plan.catalog.row
+    for dest, name in enumerate(made.plan.tensors.names):
+        kind = made.kinds[row[name]]
+        entry = found.setdefault(describe(kind), [0, 0])
+        entry[0] += 1
+        entry[1] += made.plan.tensors.nbytes(dest)
+    return tuple(
+        {"rule": how, "tensors": count, "bytes": nbytes} for how, (count, nbytes) in found.items()
+    )
+
+
+def nbytes_of(tensors: Tensors) -> int:
+    return sum(tensors.nbytes(row) for row in range(len(tensors)))
+
+
+def padding_bytes(padding: Mapping[str, Sequence[Any]], tensors: Tensors) -> int:
+    total = 0
+    for name, boxes in padding.items():
+        row = tensors.row[name]
+        whole = int(np.prod(tensors.shapes[row]))
+        for box in boxes:
+            elements = int(np.prod([end - begin for begin, end in box]))
+            total += tensors.nbytes(row) * elements // whole
+    return total

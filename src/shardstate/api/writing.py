@@ -1,0 +1,272 @@
+"""Operations that write: shard."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Mapping, Sequence
+
+from shardstate.api.planning import (
+    Made,
+    RulesArgument,
+    by_rule,
+    checked,
+    checked_dtype,
+    describe_checkpoint,
+    file_reads,
+    kinds_of,
+    nbytes_of,
+    open_path,
+    rules_of,
+    sizes_of,
+    write_counted,
+    write_planned,
+)
+from shardstate.checkpoint import Checkpoint
+from shardstate.coalesce import Read
+from shardstate.commit import SetWriter, companions_of
+from shardstate.digest import digest_of
+from shardstate.engine import Progress, execute
+from shardstate.errors import (
+    InputError,
+    TargetError,
+    UsageError,
+)
+from shardstate.manifest import PartEntry, SetInfo, Sizes, Source, set_id
+from shardstate.names import DEFAULT_PATTERN, check_pattern
+from shardstate.parts import PartFile, plan_parts
+from shardstate.plan import (
+    Plan,
+    padding_boxes,
+    plan_shares,
+)
+from shardstate.report import Phases, Report
+from shardstate.sharding import (
+    Rank,
+    Topology,
+    rules_json,
+)
+from shardstate.storage import LocalStorage, Storage, Writable
+from shardstate.targets import FilesTarget
+
+_log = logging.getLogger("shardstate")
+
+WRITE_THREADS = 4  # writing adds hashing and fsync to reading
+MAX_PART_SIZE = "5GB"
+
+
+def shard(
+    path: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    tp: int,
+    ranks: Sequence[int] | None = None,
+    layout: str = "rules",
+    rules: RulesArgument = None,
+    dtype: str = "keep",
+    pattern: str | None = None,
+    max_part_size: int | str = MAX_PART_SIZE,
+    force: bool = False,
+    dry_run: bool = False,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Write the rank files of an ordinary checkpoint for `tp` ranks, in one pass over it.
+
+    Each source byte is read once. An interrupted run of the same set goes on after its last
+    complete parts; what is complete already is left alone. `ranks` writes some ranks only; the
+    last of them commits the set. `force` replaces another set. `dry_run` returns the planned
+    figures and writes nothing.
+    """
+    phases = Phases()
+    template = check_pattern(pattern or DEFAULT_PATTERN, tp=tp)
+    max_part_bytes = parse_size(max_part_size)
+    chosen = tuple(range(tp)) if ranks is None else tuple(sorted(set(ranks)))
+    if not chosen:
+        raise UsageError("no rank is chosen")
+    places = [Rank(rank, tp) for rank in chosen]
+    with open_path(path) as checkpoint:
+        with phases("open"):
+            if checkpoint.catalog is None:
+                raise InputError(
+                    f"{checkpoint.location}: is sharded already, for tp "
+                    f"{checkpoint.topology and checkpoint.topology.tp}; shard from its source"
+                )
+            _refuse_nested(checkpoint.location, os.fspath(out))
+            identity = _identity(checkpoint)
+        with phases("plan"):
+            resolved, where = rules_of(checkpoint, rules, layout)
+            matched, kinds = kinds_of(checkpoint, resolved, where, tp)
+            source = Source(checkpoint.location, None, checkpoint.fingerprint())
+            info = SetInfo(
+                topology=Sizes(tp),
+                layout="rules",
+                stage="checkpoint",
+                pattern=template.text,
+                dtype=checked_dtype(dtype),
+                source=source,
+            )
+            identifier = set_id(
+                info=info,
+                fingerprint=source.fingerprint,
+                max_part_bytes=max_part_bytes,
+                rules_digest=digest_of(rules_json(matched)),
+            )
+            plans = {
+                place.index: checked(
+                    plan_shares(checkpoint.catalog, kinds, rank=place, dtype=dtype)
+                )
+                for place in places
+            }
+            parts = {
+                rank: plan_parts(
+                    made.tensors,
+                    rank=rank,
+                    set_id=identifier,
+                    pattern=template,
+                    max_part_bytes=max_part_bytes,
+                )
+                for rank, made in plans.items()
+            }
+            reads = file_reads([*plans.values()], None)
+            report = describe_checkpoint(checkpoint)
+            write_planned(report, [*plans.values()], reads, checkpoint)
+            _describe_set(report, info, identifier, plans, parts)
+            report.by_rule = by_rule(Made(plans[chosen[0]], Topology(tp), kinds))
+        if not dry_run:
+            with phases("write"), LocalStorage(out, create=True) as target, target.lock():
+                writer = SetWriter(
+                    target,
+                    set_id=identifier,
+                    info=info,
+                    companions=[
+                        (checkpoint.storage, name) for name in companions_of(checkpoint.storage)
+                    ],
+                    source_identity=identity,
+                )
+                _write(
+                    writer,
+                    source=checkpoint.storage,
+                    target=target,
+                    plans=plans,
+                    parts=parts,
+                    reads=reads,
+                    report=report,
+                    force=force,
+                    threads=threads or WRITE_THREADS,
+                    progress=progress,
+                )
+    return phases.finish(report, main="plan" if dry_run else "write")
+
+
+def _describe_set(
+    report: Report,
+    info: SetInfo,
+    identifier: str,
+    plans: Mapping[int, Plan],
+    parts: Mapping[int, Sequence[PartFile]],
+) -> None:
+    """Write into `report` what the set will be."""
+    report.kind, report.layout, report.stage = "shardstate", info.layout, info.stage
+    report.set, report.topology, report.ranks = identifier, sizes_of(info.shape), tuple(plans)
+    report.committed = False
+    report.bytes_by_rank = {str(rank): nbytes_of(made.tensors) for rank, made in plans.items()}
+    report.file_list = tuple(
+        {"name": part.name, "bytes": part.nbytes, "rank": rank}
+        for rank, each in parts.items()
+        for part in each
+    )
+    report.files = len(report.file_list)
+
+
+def _refuse_nested(source: str, out: str) -> None:
+    """Refuse a target that is the source, inside it or around it; or that is no directory."""
+    here, there = os.path.realpath(source), os.path.realpath(out)
+    if here == there or os.path.commonpath([here, there]) in (here, there):
+        relation = (
+            "is" if here == there else "lies inside" if there.startswith(here) else "contains"
+        )
+        raise TargetError(f"{out}: {relation} the source {source}; choose a directory beside it")
+    if os.path.lexists(out) and not os.path.isdir(out):
+        raise TargetError(f"{out}: is no directory; choose another place")
+
+
+def _identity(checkpoint: Checkpoint) -> tuple[tuple[int | str, ...], ...]:
+    assert checkpoint.catalog is not None
+    entries = checkpoint.storage.entries()
+    return tuple((name, *entries[name].identity) for name in checkpoint.catalog.files)
+
+
+def _write(
+    writer: SetWriter,
+    *,
+    source: Storage,
+    target: Writable,
+    plans: Mapping[int, Plan],
+    parts: Mapping[int, Sequence[PartFile]],
+    reads: Sequence[Read],
+    report: Report,
+    force: bool,
+    threads: int,
+    progress: Progress | None,
+) -> None:
+    """Write what is not there yet, commit each rank, and the set if it is complete."""
+    kept = writer.begin(parts, force=force)
+    if kept is None:
+        report.notes = (f"{target.location} holds this set already; nothing was written",)
+        report.bytes_read, report.requests, report.committed = 0, 0, True
+        report.peak_extra_bytes = 0
+        return
+    ranks = sorted(kept)
+    if any(kept.values()):
+        count = sum(len(each) for each in kept.values())
+        report.notes = (f"{count} parts of an interrupted run were complete and are kept",)
+    entries: dict[int, dict[int, PartEntry]] = {rank: dict(kept[rank]) for rank in ranks}
+
+    def finished(part: PartFile, entry: PartEntry) -> None:
+        writer.note(part, entry)
+        entries[part.rank][part.part] = entry
+
+    rest = [[part for part in parts[rank] if part.part not in kept[rank]] for rank in ranks]
+    wanted = [frozenset(row for part in each for row in part.rows) for each in rest]
+    if len(kept) < len(plans) or any(kept.values()):
+        reads = file_reads([plans[rank] for rank in ranks], wanted)
+    with FilesTarget(target, rest, finished) as files:
+        counters = execute(
+            reads,
+            storage=source,
+            target=files,
+            threads=threads,
+            progress=progress,
+            fills_memory=False,
+        )
+    write_counted(report, counters)
+    for rank in ranks:
+        writer.finish_rank(
+            rank,
+            [entries[rank][part.part] for part in parts[rank]],
+            padding=padding_boxes(plans[rank].fills, plans[rank].tensors),
+            provenance=plans[rank],
+        )
+    lacking = writer.commit()
+    report.committed = not lacking
+    if lacking:
+        _log.warning(
+            "shardstate: %s is not committed yet: ranks %s are missing",
+            target.location,
+            ", ".join(map(str, lacking)),
+        )
+
+
+def parse_size(size: int | str) -> int:
+    """Return bytes: an int, or a number with kB, MB, GB, TB (powers of 1000) or KiB … (1024)."""
+    if isinstance(size, int) and not isinstance(size, bool) and size > 0:
+        return size
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kKMGT]?)(i?)[bB]?\s*", str(size))
+    if found:
+        power = " KMGT".index(found[2].upper() or " ")
+        value = float(found[1]) * (1024 if found[3] else 1000) ** power
+        if value >= 1 and value == int(value) and not (found[3] and not found[2]):
+            return int(value)
+    raise UsageError(f'size {size!r}: expected bytes, or a text such as "5GB" or "5GiB"')
