@@ -88,7 +88,11 @@ def test_pure_modules_import_nothing_that_touches_the_world(own):
 
 def test_only_what_is_declared_is_imported():
     declared = {"blake3", "click", "ml_dtypes", "msgspec", "numpy", "rich"}
-    requires = {r.split(">")[0].replace("-", "_") for r in metadata.requires("shardstate") if "extra" not in r}
+    requires = {
+        r.split(">")[0].replace("-", "_")
+        for r in metadata.requires("shardstate")
+        if "extra" not in r
+    }
     assert declared == requires
     used = set()
     for _, path in modules():

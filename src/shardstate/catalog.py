@@ -180,6 +180,6 @@ def is_file_name(name: str) -> bool:
     return (
         bool(name)
         and name not in (".", "..")
-        and not any(c in "/\\" or ord(c) < 32 for c in name)
+        and not any(c in "/\\" or ord(c) < 32 or 0xD800 <= ord(c) < 0xE000 for c in name)
         and len(name.encode(errors="replace")) <= 255
     )

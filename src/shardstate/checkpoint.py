@@ -6,12 +6,12 @@ Only headers and small JSON files are read. What is asked for later is checked w
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from shardstate.catalog import INDEX_NAME, Catalog, catalog_of, parse_index
-from shardstate.digest import digest_of, fingerprint, sample_ranges
+from shardstate.digest import block_count, digest_of, fingerprint, sample_ranges
 from shardstate.errors import CatalogError, InputError, SetError, UsageError
 from shardstate.header import PREFIX_BYTES, Header, header_length, parse_header
 from shardstate.manifest import (
@@ -122,16 +122,26 @@ class Checkpoint:
     def rank_catalog(self, rank: int) -> Catalog:
         """Return the tensors of one rank of a set; size, header, rank and set of each file fit."""
         if rank not in self._catalogs:
-            if self.kind == "vllm":
-                files = [(name, *self.header(name)[:2]) for name in self.parts[rank]]
-            else:
-                record = self.record(rank)
-                files = [
-                    (entry.name, entry.bytes, self.part_header(entry, record, part))
-                    for part, entry in enumerate(record.files)
-                ]
-            self._catalogs[rank] = catalog_of(files, weight_map=None)
+            try:
+                self._catalogs[rank] = self._open_rank(rank)
+            except InputError as error:
+                raise error.located(self.location) from None
         return self._catalogs[rank]
+
+    def _open_rank(self, rank: int) -> Catalog:
+        if self.kind == "vllm":
+            files = [(name, *self.header(name)[:2]) for name in self.parts[rank]]
+            for name, _, header in files:
+                refuse_unlisted(name, header)
+            return catalog_of(files, weight_map=None)
+        record = self.record(rank)
+        files = [
+            (entry.name, entry.bytes, self.part_header(entry, record, part))
+            for part, entry in enumerate(record.files)
+        ]
+        catalog = catalog_of(files, weight_map=None)
+        _check_padding(record, catalog)
+        return catalog
 
     def part_header(self, entry: PartEntry, record: Record, part: int) -> Header:
         """Return the header of a rank file that fits its record, or raise `InputError`."""
@@ -157,8 +167,9 @@ class Checkpoint:
                     f"{value!r}; files were swapped",
                     file=entry.name,
                 )
-        if len(header.names) != len(entry.blocks):
-            raise SetError(f"{record_name(record.rank)}: digests do not fit {entry.name}")
+        if not blocks_fit(entry, header):
+            name = record_name(record.rank)
+            raise SetError(f"{name}: its digests do not fit {entry.name}; copy it again", file=name)
         return header
 
     def header(self, name: str) -> tuple[int, Header, bytes]:
@@ -209,6 +220,30 @@ class Checkpoint:
             yield bytes(sample)
 
 
+def blocks_fit(entry: PartEntry, header: Header) -> bool:
+    """Whether a record lists a digest for each block of each tensor of a rank file."""
+    sizes = [end - begin for begin, end in zip(header.begins, header.ends, strict=True)]
+    return [block_count(size) for size in sizes] == [len(blocks) for blocks in entry.blocks]
+
+
+def _check_padding(record: Record, catalog: Catalog) -> None:
+    """Raise `SetError` unless the padding that a record lists lies in its tensors."""
+    for tensor, boxes in record.padding.items():
+        row = catalog.row.get(tensor)
+        shape = () if row is None else catalog.shapes[row]
+        for box in boxes:
+            fits = len(box) == len(shape) and all(
+                begin <= end <= size for (begin, end), size in zip(box, shape, strict=True)
+            )
+            if row is None or not fits:
+                name = record_name(record.rank)
+                raise SetError(
+                    f"{name}: its padding of {tensor} does not fit what is stored; copy it again",
+                    file=name,
+                    tensor=tensor,
+                )
+
+
 def read_header_bytes(storage: Storage, name: str) -> tuple[int, bytes]:
     """Return a file's size and its header with the length prefix."""
     size = storage.size(name)
@@ -235,11 +270,18 @@ def open_checkpoint(storage: Storage, *, pattern: str | None) -> Checkpoint:
             raise UsageError(f"pattern {pattern!r} contradicts the set's {info.pattern!r}")
         return found
     template = check_pattern(pattern or DEFAULT_PATTERN, tp=1)
-    if grouped := group_parts(storage, names, template):
+    grouped, holes = group_parts(names, template)
+    if holes:
+        raise CatalogError(
+            f"{storage.location}: {holes[0]} is missing between the files that are there; "
+            f"copy it, or save the set again",
+            file=holes[0],
+        )
+    if grouped:
         return _open_vllm(storage, grouped)
     if pattern is not None:
         raise InputError(f"{storage.location}: holds no file of the pattern {pattern!r}")
-    return _open_ordinary(storage, list(names))
+    return _open_ordinary(storage, names)
 
 
 def _open_set(storage: Storage, *, has_manifest: bool, records: list[int]) -> Checkpoint:
@@ -265,44 +307,47 @@ def _open_set(storage: Storage, *, has_manifest: bool, records: list[int]) -> Ch
 
 
 def group_parts(
-    storage: Storage, names: Iterable[str], template: Pattern
-) -> dict[int, tuple[str, ...]]:
-    """Return rank → its files in order for a set without records; `CatalogError` for a hole."""
+    names: Iterable[str], template: Pattern
+) -> tuple[dict[int, tuple[str, ...]], list[str]]:
+    """Return rank → its files in order for a set without records, and the holes in between."""
     parts = {place: name for name in names if (place := template.parse(name)) is not None}
     grouped: dict[int, tuple[str, ...]] = {}
+    holes: list[str] = []
     for rank in range(max((rank for rank, _ in parts), default=-1) + 1):
-        numbers = sorted(part for r, part in parts if r == rank)
-        absent = sorted(set(range((numbers or [0])[-1] + 1)) - set(numbers))
-        if absent:
-            raise CatalogError(
-                f"{storage.location}: {template.name(rank, absent[0])} is missing between the "
-                f"files that are there; copy it, or save the set again",
-                file=template.name(rank, absent[0]),
-            )
-        grouped[rank] = tuple(parts[rank, part] for part in numbers)
-    return grouped
+        numbers = {part for r, part in parts if r == rank}
+        absent = sorted(set(range(max(numbers, default=0) + 1)) - numbers)
+        holes += [template.name(rank, part) for part in absent]
+        grouped[rank] = tuple(parts[rank, part] for part in sorted(numbers))
+    return grouped, holes
 
 
-def ordinary_files(
-    storage: Storage, names: Sequence[str]
-) -> tuple[list[str], Mapping[str, str] | None, int]:
-    """Return the weight files that count, the index if there is one, and the bytes read for it."""
+@dataclass(frozen=True, slots=True)
+class Ordinary:
+    """The weight files of an ordinary checkpoint."""
+
+    files: tuple[str, ...]  # those that count and are there
+    absent: tuple[str, ...]  # those that the index names and that are not there
+    weight_map: Mapping[str, str] | None  # the index, if there is one
+    bytes_meta: int
+
+
+def ordinary_files(storage: Storage, names: Collection[str]) -> Ordinary:
+    """Return which files hold the weights; `InputError` if none does."""
     if INDEX_NAME in names:
         data = storage.read(INDEX_NAME, limit=_MAX_INDEX_BYTES)
         weight_map = parse_index(data)
         files = sorted(set(weight_map.values()))
-        if absent := [name for name in files if name not in names]:
-            raise CatalogError(
-                f"{storage.location}: {INDEX_NAME} names {absent[0]}, which is not there"
-                f"{f' (and {len(absent) - 1} more)' if len(absent) > 1 else ''}; fetch it again",
-                file=absent[0],
-            )
-        return files, weight_map, len(data)
+        return Ordinary(
+            tuple(name for name in files if name in names),
+            tuple(name for name in files if name not in names),
+            weight_map,
+            len(data),
+        )
     if "model.safetensors" in names:
-        return ["model.safetensors"], None, 0
-    files = [name for name in names if name.endswith(".safetensors")]
-    if not files:
-        pickles = [name for name in names if name.endswith(_PICKLES)]
+        return Ordinary(("model.safetensors",), (), None, 0)
+    found = tuple(sorted(name for name in names if name.endswith(".safetensors")))
+    if not found:
+        pickles = sorted(name for name in names if name.endswith(_PICKLES))
         what = f"only {pickles[0]}" if pickles else "none of them" if names else "nothing"
         advice = (
             "convert the weights to safetensors first (save_pretrained does)"
@@ -313,7 +358,7 @@ def ordinary_files(
             f"{storage.location}: expected model.safetensors, {INDEX_NAME} or a sharded set, "
             f"found {what}; {advice}"
         )
-    return files, None, 0
+    return Ordinary(found, (), None, 0)
 
 
 def refuse_unlisted(name: str, header: Header) -> None:
@@ -332,15 +377,22 @@ def _open_vllm(storage: Storage, grouped: dict[int, tuple[str, ...]]) -> Checkpo
     return found
 
 
-def _open_ordinary(storage: Storage, names: Sequence[str]) -> Checkpoint:
+def _open_ordinary(storage: Storage, names: Collection[str]) -> Checkpoint:
     found = Checkpoint(storage, "checkpoint")
-    files, weight_map, found.bytes_meta = ordinary_files(storage, names)
+    ordinary = ordinary_files(storage, names)
+    found.bytes_meta = ordinary.bytes_meta
+    if absent := ordinary.absent:
+        raise CatalogError(
+            f"{storage.location}: {INDEX_NAME} names {absent[0]}, which is not there"
+            f"{f' (and {len(absent) - 1} more)' if len(absent) > 1 else ''}; fetch it again",
+            file=absent[0],
+        )
     headers: list[tuple[str, int, Header]] = []
-    for name in files:
+    for name in ordinary.files:
         size, header, _ = found.header(name)
         refuse_unlisted(name, header)
         headers.append((name, size, header))
-    found.catalog = catalog_of(headers, weight_map=weight_map)
+    found.catalog = catalog_of(headers, weight_map=ordinary.weight_map)
     if not len(found.catalog):
-        raise CatalogError(f"{storage.location}: its files hold no tensor", file=files[0])
+        raise CatalogError(f"{storage.location}: its files hold no tensor", file=ordinary.files[0])
     return found

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
 import msgspec
@@ -27,6 +27,7 @@ from shardstate.manifest import (
     Sealed,
     SetInfo,
     SmallFile,
+    check_names,
     decode,
     manifest_json,
     manifest_of,
@@ -41,11 +42,14 @@ from shardstate.names import (
     DEFAULT_PATTERN,
     MANIFEST,
     OURS,
+    REPLACING,
     SIGNATURE,
     Pattern,
     check_pattern,
     is_companion,
+    is_relative_path,
     note_name,
+    note_place,
     provenance_name,
     provenance_rank,
     record_name,
@@ -69,20 +73,35 @@ class _Note(msgspec.Struct):
     file: PartEntry
 
 
+class _Replacing(msgspec.Struct):
+    """`.shardstate-replacing`: what the set that is being replaced consists of."""
+
+    set: str  # that replaces it
+    files: tuple[str, ...]
+
+
 @dataclass
 class _Found:
     """What lies at the target before anything is written."""
 
     entries: dict[str, Entry]
+    strays: list[str]  # links that lead nowhere, pipes, …
     manifest: Manifest | None = None
     records: dict[int, tuple[Record, bytes]] = field(default_factory=dict)
     unreadable: list[str] = field(default_factory=list)  # manifest or records that are damaged
-    listed: set[str] = field(default_factory=set)  # what manifest and records list
+    listed: set[str] = field(default_factory=set)  # what manifest and records list, or listed
+    notes: dict[str, _Note] = field(default_factory=dict)  # sound ones
+    replacing: _Replacing | None = None
 
     @property
     def ids(self) -> set[str]:
         found = {record.set for record, _ in self.records.values()}
-        return found | ({self.manifest.set} if self.manifest else set())
+        found |= {self.manifest.set} if self.manifest else set()
+        return found | ({self.replacing.set} if self.replacing else set())
+
+    def begun(self, set_id: str) -> bool:
+        """Whether a run that wrote this set was here."""
+        return set_id in self.ids or any(note.set == set_id for note in self.notes.values())
 
 
 class SetWriter:
@@ -120,7 +139,7 @@ class SetWriter:
         if not force and (done := self._complete(found, parts)):
             parts = {rank: each for rank, each in parts.items() if rank not in done}
             if not parts and found.manifest is not None:
-                self._clean()
+                self._clean(set())
                 return None
         kept = {} if force else self._kept(found, parts)
         needed = sum(
@@ -137,18 +156,22 @@ class SetWriter:
             )
         self._old_files = set(found.listed)
         if force:
-            self._old_files |= {name for name in found.entries if self._is_rank_file(name)}
+            self._old_files |= {name for name in found.entries if self._is_of_a_set(name)}
+        keep = {note_name(rank, part) for rank, each in kept.items() for part in each}
+        if self._old_files:
+            # Without manifest and records nothing else would say that these files belong here.
+            files = tuple(sorted(self._old_files))
+            content = {"version": VERSION, "set": self._set, "files": files}
+            self._storage.put(REPLACING, seal(content))
+            keep.add(REPLACING)
         for name in (MANIFEST, SIGNATURE):
             self._storage.remove(name)
         self._storage.sync()
         for rank in parts:
-            self._storage.remove(record_name(rank))
             self._storage.remove(provenance_name(rank))
+            self._storage.remove(record_name(rank))
         self._storage.sync()
-        keep = {note_name(rank, part) for rank, each in kept.items() for part in each}
-        for name in found.entries:
-            if name.rsplit("/", 1)[-1].startswith(OURS) and name not in keep:
-                self._storage.remove(name)
+        self._clean(keep)
         return {rank: kept.get(rank, {}) for rank in parts}
 
     def note(self, part: PartFile, entry: PartEntry) -> None:
@@ -208,6 +231,12 @@ class SetWriter:
         lacking = tuple(rank for rank in range(world) if rank not in ours)
         if lacking:
             return lacking
+        if found.unreadable:
+            raise SetError(
+                f"{self._storage.location}: {found.unreadable[0]} is damaged; "
+                f"shard again with --force",
+                file=found.unreadable[0],
+            )
         manifest = manifest_of([ours[rank] for rank in range(world)])
         self._storage.put(MANIFEST, manifest_json(manifest))
         self._storage.sync()
@@ -216,42 +245,56 @@ class SetWriter:
             self._storage.remove(name)
         for rank in found.records:
             if rank not in ours:
-                self._storage.remove(record_name(rank))
                 self._storage.remove(provenance_name(rank))
-        self._clean()
+                self._storage.remove(record_name(rank))
+        self._storage.sync()
+        self._clean(set())
         return ()
 
-    def _clean(self) -> None:
-        """Remove what an interrupted run left under temporary names, and old parts beyond ours."""
-        for entry in list(self._storage.walk()):
-            if entry.name.rsplit("/", 1)[-1].startswith(OURS):
-                self._storage.remove(entry.name)
+    def _clean(self, keep: Set[str]) -> None:
+        """Remove what an interrupted run left under temporary names, but for `keep`."""
+        names = [*self._storage.strays(), *(entry.name for entry in self._storage.walk())]
+        for name in names:
+            if name.rsplit("/", 1)[-1].startswith(OURS) and name not in keep:
+                self._storage.remove(name)
         self._storage.sync()
 
     def _look(self) -> _Found:
-        found = _Found({entry.name: entry for entry in self._storage.walk()})
+        storage = self._storage
+        found = _Found({entry.name: entry for entry in storage.walk()}, storage.strays())
         for name in found.entries:
             rank = record_rank(name)
-            if name != MANIFEST and rank is None:
+            if name not in (MANIFEST, REPLACING) and rank is None and note_place(name) is None:
                 continue
-            data = self._storage.read(name, limit=MAX_JSON_BYTES)
+            data = storage.read(name, limit=MAX_JSON_BYTES)
             try:
-                if rank is None:
+                if name == MANIFEST:
                     found.manifest = parse_manifest(data, file=name)
                     found.listed |= {entry.name for entry in found.manifest.files}
-                else:
+                elif name == REPLACING:
+                    found.replacing = decode(unseal(data, file=name), _Replacing, file=name)
+                    check_names(found.replacing.files, file=name, folders=True)
+                    found.listed |= set(found.replacing.files)
+                elif rank is not None:
                     record = parse_record(data, file=name, rank=rank)
                     found.records[rank] = record, data
                     found.listed |= {f.name for f in record.files}
                     found.listed |= {c.name for c in record.companions}
-            except SetError:
-                found.unreadable.append(name)
+                    found.listed |= {name, provenance_name(rank)}
+                else:
+                    found.notes[name] = decode(unseal(data, file=name), _Note, file=name)
+            except SetError as error:
+                if name == MANIFEST or rank is not None:
+                    found.unreadable.append(name)
+                else:
+                    _log.warning("shardstate: %s; what it says is not used", error)
         return found
 
     def _check(self, found: _Found, *, force: bool) -> None:
         """Raise `TargetError` unless all that lies there may be replaced or taken up."""
         location = self._storage.location
         foreign = [name for name in found.entries if not self._belongs(name, found)]
+        foreign += [name for name in found.strays if not name.rsplit("/", 1)[-1].startswith(OURS)]
         if foreign:
             raise TargetError(
                 f"{location}: holds files that belong to no set: {', '.join(foreign[:20])}"
@@ -267,21 +310,20 @@ class SetWriter:
                 file=found.unreadable[0],
             )
         if others := found.ids - {self._set}:
-            info = (
-                found.manifest.info
-                if found.manifest
-                else next(record.info for record, _ in found.records.values())
-            )
+            infos = [record.info for record, _ in found.records.values()]
+            infos += [found.manifest.info] if found.manifest else []
+            what = f" for tp {infos[-1].topology.tp}" if infos else ""
             raise TargetError(
-                f"{location}: holds set {min(others)} for tp {info.topology.tp}, expected "
-                f"{self._set} or none; choose an empty directory, or --force replaces it"
+                f"{location}: holds set {min(others)}{what}, expected {self._set} or none; "
+                f"choose an empty directory, or --force replaces it"
             )
+        noted = {note.file.name for note in found.notes.values() if note.set == self._set}
         strangers = [
             name
             for name in found.entries
-            if self._pattern.parse(name) is not None
-            and name not in found.listed
-            and not self._is_of_this_set(name)
+            if self._is_rank_file(name)
+            and name not in found.listed | noted
+            and self._mark(name) != self._set
         ]
         if strangers:
             raise TargetError(
@@ -292,37 +334,45 @@ class SetWriter:
 
     def _belongs(self, name: str, found: _Found) -> bool:
         """Whether a file at the target is part of a set, whichever."""
-        last = name.rsplit("/", 1)[-1]
         return (
             name in (MANIFEST, SIGNATURE)
             or name in found.listed
-            or last.startswith(OURS)
+            or name.rsplit("/", 1)[-1].startswith(OURS)
             or record_rank(name) is not None
             or provenance_rank(name) is not None
-            or self._is_rank_file(name)
-            or self._is_our_companion(name)
+            or self._is_of_a_set(name)
+            or self._is_our_companion(name, found)
         )
 
     def _is_rank_file(self, name: str) -> bool:
         return any(p.parse(name) is not None for p in (self._pattern, Pattern(DEFAULT_PATTERN)))
 
-    def _is_our_companion(self, name: str) -> bool:
-        """Whether a file is what an interrupted run of this set brought along: the same bytes."""
+    def _is_of_a_set(self, name: str) -> bool:
+        """Whether a file has the name of a rank file, or the mark of one."""
+        return self._is_rank_file(name) or self._mark(name) is not None
+
+    def _is_our_companion(self, name: str, found: _Found) -> bool:
+        """Whether a file is what an interrupted run of this set brought along."""
         for source, companion in self._companions:
             if companion == name:
+                if found.begun(self._set):
+                    return True
                 mine = source.read(name, limit=COMPANION_BYTES)
                 return self._storage.size(name) == len(mine) and mine == self._storage.read(
                     name, limit=COMPANION_BYTES
                 )
         return False
 
-    def _is_of_this_set(self, name: str) -> bool:
+    def _mark(self, name: str) -> str | None:
+        """Return the set that a rank file says it is of; None for any other file."""
+        if not name.endswith(".safetensors"):
+            return None
         try:
             size, raw = read_header_bytes(self._storage, name)
             header = parse_header(raw[PREFIX_BYTES:], file=name, file_bytes=size)
         except InputError:
-            return False
-        return header.metadata.get("set") == self._set
+            return None
+        return header.metadata.get("set") if "shardstate" in header.metadata else None
 
     def _complete(self, found: _Found, parts: Mapping[int, Sequence[PartFile]]) -> set[int]:
         """Return the ranks whose record and files are there, as this run would write them."""
@@ -361,15 +411,13 @@ class SetWriter:
         kept: dict[int, dict[int, PartEntry]] = {}
         for rank, each in parts.items():
             for part in each:
-                name = note_name(rank, part.part)
-                if name not in found.entries or part.name not in found.entries:
+                note = found.notes.get(note_name(rank, part.part))
+                if note is None or part.name not in found.entries:
                     continue
                 try:
-                    data = unseal(self._storage.read(name, limit=MAX_JSON_BYTES), file=name)
-                    note = decode(data, _Note, file=name)
                     raw = read_header_bytes(self._storage, part.name)[1]
                 except InputError as error:
-                    _log.warning("shardstate: %s; its part is made again", error)
+                    _log.warning("shardstate: %s; the part is made again", error)
                     continue
                 if (
                     note.set == self._set
@@ -398,6 +446,11 @@ def companions_of(storage: Storage) -> Iterator[str]:
     """Yield the small files of a source that come along with a set, by relative path."""
     for entry in storage.walk():
         if not is_companion(entry.name):
+            continue
+        if not is_relative_path(entry.name):
+            _log.warning(
+                "shardstate: %r has a name that a record cannot hold; it stays behind", entry.name
+            )
             continue
         if entry.nbytes > COMPANION_BYTES:
             _log.warning(

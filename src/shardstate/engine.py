@@ -41,6 +41,8 @@ class _Run:
         self.reads = reads
         self.lock = threading.Lock()
         self.stopped = threading.Event()
+        self.idle = threading.Event()  # set when the last worker is done
+        self.active = 0  # workers that are not done
         self.next = 0
         self.error: BaseException | None = None
         self.bytes_read = 0
@@ -83,21 +85,26 @@ def execute(
         )
         for i in range(max(1, min(threads, len(reads))))
     ]
+    run.active = len(workers)
     meter = MemoryMeter()
     try:
         for worker in workers:
             worker.start()
         tick = 0
-        while alive := [worker for worker in workers if worker.is_alive()]:
-            alive[0].join(_TICK_SECONDS)
+        # Not worker.join: in Python 3.11 an interrupt there makes a running thread look finished.
+        while not run.idle.wait(_TICK_SECONDS):
             meter.sample(run.touched if fills_memory else 0)
             tick += 1
             if progress is not None and tick % _PROGRESS_TICKS == 0:
                 progress(run.bytes_read, total)
     finally:
         run.stopped.set()
-        if any(worker.is_alive() for worker in workers):
+        if not run.idle.is_set():
             target.stop()
+            with run.lock:
+                run.active -= sum(worker.ident is None for worker in workers)
+            if run.active:
+                run.idle.wait()
         for worker in workers:
             if worker.ident is not None:
                 worker.join()
@@ -132,6 +139,11 @@ def _work(run: _Run, storage: Storage, target: Target) -> None:
     except BaseException as error:
         run.fail(error)
         target.stop()
+    finally:
+        with run.lock:
+            run.active -= 1
+            if not run.active:
+                run.idle.set()
 
 
 def _direct_views(read: Read, target: Target) -> list[memoryview] | None:

@@ -24,7 +24,7 @@ Errors survive pickling, so that they can cross from a worker process to its par
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 
 class ShardStateError(Exception):
@@ -36,6 +36,13 @@ class ShardStateError(Exception):
         super().__init__(message)
         self.file = file
         self.tensor = tensor
+
+    def located(self, folder: str) -> Self:
+        """Return this error with `folder` in front of a message that begins with `file`."""
+        message = str(self)
+        if self.file is not None and message.startswith(f"{self.file}:"):
+            self.args = (f"{folder}/{message}", *self.args[1:])
+        return self
 
 
 class UsageError(ShardStateError, ValueError):

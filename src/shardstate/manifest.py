@@ -15,17 +15,17 @@ import msgspec
 from shardstate.catalog import is_file_name
 from shardstate.digest import digest_of
 from shardstate.errors import SetError, UsageError
-from shardstate.names import check_pattern, provenance_name, record_name
-from shardstate.sharding import Topology
+from shardstate.names import check_pattern, is_relative_path, provenance_name, record_name
+from shardstate.sharding import MAX_RANKS, Topology
 
 VERSION = 1
 MAX_JSON_BYTES = 1 << 30  # of a record or provenance: 36,945 tensors take 5 MB
 _SEAL = b',"digest":"'
 
-Digest = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+Digest = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
 Natural = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
-Size = Annotated[int, msgspec.Meta(ge=1, le=2**20)]
-SetId = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
+Size = Annotated[int, msgspec.Meta(ge=1, le=MAX_RANKS)]
+SetId = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9._-]{1,64}\Z")]
 
 
 class Sizes(msgspec.Struct, frozen=True):
@@ -209,15 +209,16 @@ def parse_manifest(data: bytes, *, file: str) -> Manifest:
     info = decode(data, SetInfo, file=file)
     _check_info(info, file=file)
     names = [entry.name for entry in rest.files]
-    _check_names(names, file=file, folders=True)
+    check_names(names, file=file, folders=True)
     world = info.shape.world
     ranks = {entry.rank for entry in rest.files if entry.rank is not None}
-    if ranks != set(range(world)):
+    if len(ranks) != world or max(ranks) >= world:  # no set of `world`: it may be 2**60
         raise SetError(
             f"{file}: lists files of ranks {sorted(ranks)}, expected 0 to {world - 1}", file=file
         )
+    listed = set(names)
     for rank in range(world):
-        if record_name(rank) not in names:
+        if record_name(rank) not in listed:
             raise SetError(f"{file}: does not list {record_name(rank)}", file=file)
     return Manifest(rest.set, info, rest.files)
 
@@ -252,8 +253,8 @@ def parse_record(data: bytes, *, file: str, rank: int) -> Record:
             f"{rank}; files were swapped or renamed",
             file=file,
         )
-    _check_names([entry.name for entry in rest.files], file=file, folders=False)
-    _check_names([entry.name for entry in rest.companions], file=file, folders=True)
+    check_names([entry.name for entry in rest.files], file=file, folders=False)
+    check_names([entry.name for entry in rest.companions], file=file, folders=True)
     pattern = check_pattern(info.pattern, tp=info.topology.tp)
     for part, entry in enumerate(rest.files):
         if entry.name != pattern.name(rank, part):
@@ -342,10 +343,11 @@ def _check_info(info: SetInfo, *, file: str) -> None:
         raise SetError(f"{file}: {error}", file=file) from None
 
 
-def _check_names(names: Sequence[str], *, file: str, folders: bool) -> None:
+def check_names(names: Sequence[str], *, file: str, folders: bool) -> None:
+    """Raise `SetError` unless `names` are those of files below; `folders` allows paths."""
     for name in names:
-        components = name.split("/") if folders else [name]
-        if not all(is_file_name(c) for c in components) or name.startswith(".shardstate"):
+        plain = is_relative_path(name) if folders else is_file_name(name)
+        if not plain or name.startswith(".shardstate"):
             raise SetError(f"{file}: lists {name!r}, which is no name of a file below", file=file)
     if len(set(names)) != len(names):
         raise SetError(f"{file}: lists a file twice", file=file)

@@ -16,6 +16,7 @@ SIGNATURE = "shardstate.json.sig"
 CONFIG = "config.json"
 DEFAULT_PATTERN = "model-rank-{rank}-part-{part}.safetensors"
 OURS = ".shardstate-"  # temporary files, notes and locks begin with this
+REPLACING = ".shardstate-replacing"  # lists what a set that is being replaced consists of
 
 COMPANION_BYTES = 64 << 20  # a larger file of the source is left out, with a warning
 _NOT_COMPANIONS = (
@@ -113,6 +114,12 @@ def note_name(rank: int, part: int) -> str:
     return f"{OURS}part-{rank}-{part}"
 
 
+def note_place(name: str) -> tuple[int, int] | None:
+    """Return the (rank, part) whose note has this name, else None."""
+    found = re.fullmatch(re.escape(OURS) + r"part-(0|[1-9][0-9]*)-(0|[1-9][0-9]*)", name)
+    return (int(found[1]), int(found[2])) if found else None
+
+
 def temporary_name(name: str) -> str:
     """Return the name under which `name` is written before it is renamed; it has no suffix."""
     return f"{OURS}new-{digest_of(name.encode())[:24]}"
@@ -123,3 +130,8 @@ def is_companion(path: str) -> bool:
     return not any(
         fnmatchcase(component, glob) for component in path.split("/") for glob in _NOT_COMPANIONS
     )
+
+
+def is_relative_path(path: str) -> bool:
+    """Whether a companion may have this name: components that a record can hold."""
+    return all(is_file_name(component) for component in path.split("/"))

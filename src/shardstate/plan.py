@@ -35,6 +35,7 @@ from shardstate.layout import (
 from shardstate.sharding import Kind, Rank, share
 
 LITERAL_BYTES = 4096  # the most that one literal holds
+_FAR = 1 << 59  # elements, more than any tensor has: where sums of a hostile plan would overflow
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,16 +108,22 @@ class Plan:
     @cached_property
     def size(self) -> np.ndarray:
         """Elements of each copy."""
-        product = np.multiply.reduceat(np.append(self.loops[:, 0], 1), self._first)
-        return np.where(self._has_loops, product, 1)
+        sizes = np.append(self.loops[:, 0], 1)
+        product = np.multiply.reduceat(sizes, self._first)
+        rough = np.multiply.reduceat(sizes.astype(np.float64), self._first)
+        return np.where(self._has_loops, np.where(rough < _FAR, product, _FAR), 1)
 
     @cached_property
     def source_end(self) -> np.ndarray:
         """One past the last element of the source that each copy reads."""
-        spans = (self.loops[:, 0] - 1) * self.loops[:, 1]
-        reach = np.add.reduceat(np.append(spans, 0), self._first) * self._has_loops
-        end: np.ndarray = self.source_offset + reach + 1
-        return end
+        ends = []
+        for number in (np.int64, np.float64):
+            sizes, strides = self.loops[:, 0].astype(number), self.loops[:, 1].astype(number)
+            spans = np.append((sizes - 1) * strides, number(0))
+            reach = np.add.reduceat(spans, self._first) * self._has_loops
+            ends.append(self.source_offset + reach + 1)
+        exact, rough = ends
+        return np.where(rough < _FAR, exact, _FAR)
 
     @cached_property
     def dense(self) -> np.ndarray:
@@ -214,26 +221,27 @@ def plan_shares(catalog: Catalog, kinds: Sequence[Kind], *, rank: Rank, dtype: s
         goal = _cast(tag, dtype)
         owned = share(kinds[row], catalog.shapes[row], rank)
         move = box_move(catalog.shapes[row], owned.box, owned.shape, (0,) * len(owned.shape))
-        if DTYPES[tag].packed:
-            try:
-                move, tag, goal_unit = _in_bytes(move, DTYPES[tag].bits), "U8", "U8"
-            except NotNested as error:
-                raise NotNested(
-                    f"{catalog.names[row]}: {error}", tensor=catalog.names[row]
-                ) from None
-        else:
-            goal_unit = goal
-        copies.append(Copy(row, dest, tag, goal_unit, move))
+        pads = []
         # The box sits in the leading corner; what is behind it on each axis is padding.
         corner = [(0, end - begin) for begin, end in owned.box]
         for axis, ((_, end), size) in enumerate(zip(corner, owned.shape, strict=True)):
             if end < size:
                 pad = [*corner[:axis], (end, size), *((0, n) for n in owned.shape[axis + 1 :])]
-                region = box_move(
-                    owned.shape, tuple(pad), owned.shape, tuple(b for b, _ in pad)
-                ).dest_region
-                width = numpy_dtype(goal_unit).itemsize
-                fills.append(Fill(dest, goal_unit, region, bytes(width)))
+                pads.append(
+                    box_move(owned.shape, tuple(pad), owned.shape, tuple(b for b, _ in pad))
+                )
+        unit = goal
+        if DTYPES[tag].packed:
+            try:
+                move, *pads = (_in_bytes(each, DTYPES[tag].bits) for each in (move, *pads))
+            except NotNested as error:
+                raise NotNested(
+                    f"{catalog.names[row]}: {error}", tensor=catalog.names[row]
+                ) from None
+            tag = unit = "U8"
+        copies.append(Copy(row, dest, tag, unit, move))
+        zero = bytes(DTYPES[unit].itemsize)
+        fills.extend(Fill(dest, unit, pad.dest_region, zero) for pad in pads)
         names.append(catalog.names[row])
         dtypes.append(goal)
         shapes.append(owned.shape)
@@ -284,8 +292,12 @@ def faults(plan: Plan) -> list[str]:
             found.append(f"{name}: writes past its end")
         elif covered < nbytes:
             found.append(f"{name}: {nbytes - covered} of {nbytes} bytes are not defined")
-        elif overlap(regions) is not None:
-            found.append(f"{name}: elements are written twice")
+        else:
+            try:
+                if overlap(regions) is not None:
+                    found.append(f"{name}: elements are written twice")
+            except NotNested as error:
+                found.append(f"{name}: {error}")
     return found
 
 
@@ -392,8 +404,10 @@ def padding_boxes(fills: Iterable[Fill], tensors: Tensors) -> dict[str, list[lis
     """Return the boxes without weights, by tensor name: per axis [begin, end), in elements."""
     boxes: dict[str, list[list[list[int]]]] = {}
     for fill in fills:
+        dtype = DTYPES[tensors.dtypes[fill.dest]]
+        region = _in_elements(fill.region, dtype.bits) if dtype.packed else fill.region
         boxes.setdefault(tensors.names[fill.dest], []).append(
-            _box_of(fill.region, tensors.shapes[fill.dest])
+            _box_of(region, tensors.shapes[fill.dest])
         )
     return boxes
 
@@ -446,6 +460,14 @@ def _in_bytes(move: Move, bits: int) -> Move:
     scaled = [(n, s * bits // 8, d * bits // 8) for n, s, d in loops]
     scaled.append((inner[0] * bits // 8, 1, 1))
     return Move(move.source * bits // 8, move.dest * bits // 8, canonical(scaled))
+
+
+def _in_elements(region: Region, bits: int) -> Region:
+    """Return a region in bytes counted in packed elements of `bits` bits, which fill it."""
+    loops = list(region.loops)
+    inner = loops.pop()[0] if loops and loops[-1][1] == 1 else 1
+    scaled = [*((n, s * 8 // bits) for n, s in loops), (inner * 8 // bits, 1)]
+    return Region(region.offset * 8 // bits, tuple(scaled))
 
 
 def _same_unit(

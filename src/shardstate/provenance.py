@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import pairwise
 from math import prod
 from typing import Annotated
@@ -9,7 +10,7 @@ from typing import Annotated
 import msgspec
 import numpy as np
 
-from shardstate.catalog import Catalog, Tensors
+from shardstate.catalog import Catalog, Tensors, is_file_name
 from shardstate.dtypes import DTYPES
 from shardstate.errors import SetError
 from shardstate.layout import Move, Region
@@ -17,7 +18,7 @@ from shardstate.manifest import VERSION, Natural, SetId, decode, seal, unseal
 from shardstate.plan import Copy, Fill, Literal, Plan, faults, make_plan
 
 _Tag = Annotated[str, msgspec.Meta(max_length=16)]
-_Hex = Annotated[str, msgspec.Meta(pattern="^([0-9a-f]{2})*$")]
+_Hex = Annotated[str, msgspec.Meta(pattern=r"^([0-9a-f]{2})*\Z")]
 
 
 class _File(msgspec.Struct):
@@ -159,6 +160,12 @@ def parse_provenance(data: bytes, *, file: str, set_id: str, rank: int) -> Plan:
     for what, (values, limit) in rows.items():
         if any(value >= limit for value in values):
             raise SetError(f"{file}: a {what} refers to a row that is not there", file=file)
+    for each in found.source.files:
+        if not is_file_name(each.name):
+            raise SetError(
+                f"{file}: its source has a file {each.name!r}, which is no plain file name",
+                file=file,
+            )
     _check_sizes(stored.name, stored.dtype, stored.shape, file=file)
     _check_sizes(tensors.name, tensors.dtype, tensors.shape, file=file)
     catalog = Catalog(
@@ -204,9 +211,30 @@ def parse_provenance(data: bytes, *, file: str, set_id: str, rank: int) -> Plan:
             )
         ),
     )
-    if wrong := faults(plan):
+    if wrong := [*_misfits(plan), *faults(plan)]:
         raise SetError(f"{file}: its plan is unsound: {'; '.join(wrong[:5])}", file=file)
     return plan
+
+
+def _misfits(plan: Plan) -> Iterator[str]:
+    """Yield what in `plan` does not fit its types and files; `faults` tells of the rest."""
+    catalog, tensors = plan.catalog, plan.tensors
+    for row, (file, begin) in enumerate(
+        zip(catalog.file.tolist(), catalog.begin.tolist(), strict=True)
+    ):
+        if begin + catalog.nbytes(row) > catalog.file_bytes[file]:
+            yield f"{catalog.names[row]}: ends past its file"
+    for dest, a, b in zip(
+        plan.dest.tolist(), plan.source_tag.tolist(), plan.dest_tag.tolist(), strict=True
+    ):
+        if a != b and not (DTYPES[plan.tags[a]].floating and DTYPES[plan.tags[b]].floating):
+            yield f"{tensors.names[dest]}: casts {plan.tags[a]} to {plan.tags[b]}"
+    for fill in plan.fills:
+        if len(fill.value) != DTYPES[fill.dtype].itemsize:
+            yield (
+                f"{tensors.names[fill.dest]}: a fill of {fill.dtype} has {len(fill.value)} bytes, "
+                f"expected {DTYPES[fill.dtype].itemsize}"
+            )
 
 
 def _check_sizes(
@@ -219,5 +247,7 @@ def _check_sizes(
     if len(set(names)) != len(names):
         raise SetError(f"{file}: names a tensor twice", file=file)
     for name, dtype, shape in zip(names, dtypes, shapes, strict=True):
-        if prod(shape) * DTYPES[dtype].bits >= 2**63:
-            raise SetError(f"{file}: {name} is too large: {list(shape)}", file=file, tensor=name)
+        bits = prod(shape) * DTYPES[dtype].bits
+        if bits >= 2**63 or bits % 8:
+            what = "is too large" if bits >= 2**63 else f"does not fill whole bytes of {dtype}"
+            raise SetError(f"{file}: {name} {what}: {list(shape)}", file=file, tensor=name)

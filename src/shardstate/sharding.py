@@ -39,6 +39,9 @@ TABLES: Mapping[str, str] = {
 }
 
 
+MAX_RANKS = 1 << 16  # of one parallel axis: more than anybody has, and few enough to list
+
+
 @dataclass(frozen=True, slots=True)
 class Topology:
     """Sizes of the parallel axes that a set is made for."""
@@ -46,6 +49,11 @@ class Topology:
     tp: int
     pp: int = 1
     dp: int = 1
+
+    def __post_init__(self) -> None:
+        for name, size in (("tp", self.tp), ("pp", self.pp), ("dp", self.dp)):
+            if not 1 <= size <= MAX_RANKS:
+                raise UsageError(f"{name} is {size}; it must be from 1 to {MAX_RANKS}")
 
     @property
     def world(self) -> int:
@@ -60,8 +68,7 @@ class Rank:
     world: int
 
     def __post_init__(self) -> None:
-        if self.world < 1:
-            raise UsageError(f"tp is {self.world}; it must be 1 or more")
+        Topology(self.world)  # refuses none
         if not 0 <= self.index < self.world:
             raise UsageError(
                 f"rank {self.index} is out of range; with tp {self.world} "

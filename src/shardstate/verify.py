@@ -5,7 +5,7 @@ All problems are collected; only what makes checking impossible is raised.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -13,13 +13,21 @@ import numpy as np
 from shardstate.catalog import Catalog, Tensors, catalog_of, merge_catalogs
 from shardstate.checkpoint import (
     Checkpoint,
+    blocks_fit,
     group_parts,
     ordinary_files,
     read_header_bytes,
     refuse_unlisted,
 )
 from shardstate.digest import BLOCK_BYTES, digest_of, rank_file_digest
-from shardstate.errors import CatalogError, InputError, PathNotFound, SetError, TruncatedFile
+from shardstate.errors import (
+    CatalogError,
+    InputError,
+    PathNotFound,
+    SetError,
+    TruncatedFile,
+    UsageError,
+)
 from shardstate.header import PREFIX_BYTES, Header, parse_header
 from shardstate.manifest import (
     MAX_JSON_BYTES,
@@ -96,17 +104,23 @@ def verify_structure(
     names = list(storage.entries())
     template = check_pattern(pattern or DEFAULT_PATTERN, tp=1)
     kind = "vllm" if any(template.parse(name) for name in names) else "checkpoint"
-    files: list[tuple[str, int | None]] = []
-    weight_map = None
-    try:
-        if kind == "vllm":
-            grouped = group_parts(storage, names, template)
-            files = [(n, r) for r, own in grouped.items() for n in own if not ranks or r in ranks]
-        else:
-            ordinary, weight_map, found.bytes_meta = ordinary_files(storage, names)
-            files = [(name, None) for name in ordinary]
-    except CatalogError as error:
-        found.add("missing", error.file or ".", str(error), tensor=error.tensor)
+    files: list[tuple[str, int | None]]
+    weight_map: Mapping[str, str] | None = None
+    if kind == "vllm":
+        grouped, absent = group_parts(names, template)
+        if ranks is not None and max(ranks) >= len(grouped):
+            raise UsageError(f"{storage.location}: has ranks 0 to {len(grouped) - 1} only")
+        files = [(n, r) for r, own in grouped.items() for n in own if not ranks or r in ranks]
+    else:
+        try:
+            ordinary = ordinary_files(storage, names)
+        except CatalogError as error:
+            _add_error(found, error.file or ".", error)
+            return kind, found
+        files, absent = [(name, None) for name in ordinary.files], [*ordinary.absent]
+        weight_map, found.bytes_meta = ordinary.weight_map, ordinary.bytes_meta
+    for name in absent:
+        found.add("missing", name, f"is missing; {_remedy(name)}")
     headers: list[tuple[str, int, Header]] = []
     for name, rank in files:
         try:
@@ -154,6 +168,11 @@ def verify_set(
     manifest = _manifest(storage, found)
     world = _world(storage, manifest)
     chosen = tuple(range(world)) if ranks is None else tuple(ranks)
+    if max(chosen) >= world:
+        raise UsageError(
+            f"{storage.location}: rank {max(chosen)} is out of range; the set has "
+            f"ranks 0 to {world - 1}"
+        )
     parts: list[_Part] = []
     for rank in chosen:
         record = _record(storage, found, rank, manifest)
@@ -164,7 +183,7 @@ def verify_set(
         _provenance_file(storage, found, record)
     _companions(storage, found, manifest)
     if manifest is not None:
-        _cross_check(found, manifest, chosen)
+        _cross_check(found, manifest)
     _unlisted(storage, found, manifest)
     if full:
         _digests(storage, found, parts, execute)
@@ -205,12 +224,8 @@ def _world(storage: Storage, manifest: Manifest | None) -> int:
         return manifest.info.shape.world
     ranks = [rank for name in storage.entries() if (rank := record_rank(name)) is not None]
     for rank in ranks:
-        name = record_name(rank)
-        try:
-            record = parse_record(storage.read(name, limit=MAX_JSON_BYTES), file=name, rank=rank)
-        except InputError:
-            continue
-        return record.info.shape.world
+        if (record := _quiet_record(storage, rank)) is not None:
+            return record.info.shape.world
     return max(ranks, default=-1) + 1
 
 
@@ -239,6 +254,9 @@ def _record(
             name,
             f"is of set {record.set}, the manifest of {manifest.set}; {_remedy(name)}",
         )
+        return None
+    if not record.info.agrees(manifest.info):
+        found.add("stale", name, f"does not say what {MANIFEST} says of the set; {_remedy(name)}")
         return None
     listed = next(entry for entry in manifest.files if entry.name == name)
     if listed.digest != digest_of(data):
@@ -278,8 +296,12 @@ def _parts(storage: Storage, found: Verification, record: Record) -> list[_Part]
         if size != entry.bytes:
             _add_size(found, name, size, entry.bytes)
             continue
+        own = record_name(record.rank)
+        if not blocks_fit(entry, header):
+            found.add("digest", own, f"its digests do not fit {name}; {_remedy(own)}")
+            continue
         if rank_file_digest(entry.header, entry.blocks) != entry.digest:
-            found.add("digest", record_name(record.rank), f"its digests of {name} contradict")
+            found.add("digest", own, f"its digests of {name} contradict each other; {_remedy(own)}")
         catalog = catalog_of([(name, size, header)], weight_map=None)
         found.tensors += len(catalog)
         found.bytes += size - header.data_begin
@@ -358,27 +380,40 @@ def _small(
         found.add("digest", name, f"has digest {is_}, expected {digest}; {_remedy(name)}")
 
 
-def _cross_check(found: Verification, manifest: Manifest, ranks: Sequence[int]) -> None:
-    """Compare what the manifest lists with what the records list."""
-    records = {rank: record for rank, record in found.records.items() if rank in ranks}
-    listed = {entry.name: entry for entry in manifest.files}
-    for rank, record in records.items():
-        for file in record.files:
-            entry = listed.get(file.name)
-            if entry is None or (entry.bytes, entry.digest, entry.rank) != (
-                file.bytes, file.digest, rank
-            ):  # fmt: skip
-                found.add(
-                    "digest",
-                    MANIFEST,
-                    f"does not list {file.name} as {record_name(rank)} does; {_remedy(MANIFEST)}",
-                )
+def _cross_check(found: Verification, manifest: Manifest) -> None:
+    """Compare the rank files that the manifest lists with those that the records list."""
+    ranks = set(found.records)
+    own = {record_name(rank) for rank in ranks} | {provenance_name(rank) for rank in ranks}
+    listed = {
+        (entry.name, entry.bytes, entry.digest, entry.rank)
+        for entry in manifest.files
+        if entry.rank in ranks and entry.name not in own
+    }
+    recorded = {
+        (file.name, file.bytes, file.digest, rank)
+        for rank, record in found.records.items()
+        for file in record.files
+    }
+    for name, *_ in sorted(listed ^ recorded):
+        if not any(problem.file == name for problem in found.problems):
+            found.add("digest", name, f"{MANIFEST} and its rank's record do not agree on it")
+
+
+def _quiet_record(storage: Storage, rank: int) -> Record | None:
+    """Return the record of a rank that is not looked at, if it is sound."""
+    name = record_name(rank)
+    try:
+        return parse_record(storage.read(name, limit=MAX_JSON_BYTES), file=name, rank=rank)
+    except InputError:
+        return None
 
 
 def _unlisted(storage: Storage, found: Verification, manifest: Manifest | None) -> None:
     """Find rank files, and records, that nothing lists."""
     listed = {f.name for f in manifest.files} if manifest else set()
-    listed |= {f.name for record in found.records.values() for f in record.files}
+    for rank in range(_world(storage, manifest)):
+        if (record := found.records.get(rank) or _quiet_record(storage, rank)) is not None:
+            listed |= {f.name for f in record.files}
     patterns = {Pattern(r.info.pattern) for r in found.records.values()}
     if manifest is not None:
         patterns.add(Pattern(manifest.info.pattern))
@@ -421,15 +456,7 @@ def _digests(
     for slot, part in enumerate(parts):
         for row, expected in enumerate(part.entry.blocks):
             tensor, have = part.catalog.tensor(row), target.blocks(slot, row)
-            if len(expected) != len(have):
-                name = record_name(part.rank)
-                found.add(
-                    "digest",
-                    name,
-                    f"lists {len(expected)} blocks, expected {len(have)}; {_remedy(name)}",
-                    tensor=tensor.name,
-                )
-            for number, (want, is_) in enumerate(zip(expected, have, strict=False)):
+            for number, (want, is_) in enumerate(zip(expected, have, strict=True)):
                 if want != is_:
                     begin = tensor.begin + number * BLOCK_BYTES
                     found.add(
@@ -524,6 +551,8 @@ def _comparable(
     sound = []
     for row, tensor in enumerate(plan.tensors.names):
         at = stored.row.get(tensor)
+        if at is None and not found.problems:
+            found.add("missing", name, "names a tensor that no rank file holds", tensor=tensor)
         if at is None or row in lost:
             continue  # its file is listed as missing or damaged, or its source as another
         if (stored.dtypes[at], stored.shapes[at]) != (

@@ -77,7 +77,7 @@ def verify(
         if isinstance(target, CompareTarget):
             report.bytes_read = (report.bytes_read or 0) + target.bytes_read
 
-    storage = storage_at(path)
+    storage, source = storage_at(path), None
     try:
         with phases("open"):
             names = storage.entries()
@@ -96,17 +96,16 @@ def verify(
                 )
                 report.kind = "shardstate"
             else:
-                if full or source is not None:
+                if source is not None:
                     raise UsageError(
-                        f"{storage.location}: no digests or provenance are recorded there; "
-                        f"leave --full and --against out"
+                        f"{storage.location}: no provenance is recorded there; leave --against out"
                     )
                 report.kind, found = verify_structure(storage, pattern=pattern, ranks=ranks)
     finally:
         storage.close()
-        if against is not None and source is not None:
+        if source is not None:
             source.close()
-    _verified(report, found, full or source is not None)
+    _verified(report, found, is_set and (full or source is not None))
     return phases.finish(report, main="read")
 
 

@@ -198,6 +198,8 @@ def load_rank(
             file=first.file,
             report=report,
         )
+    if checkpoint.kind == "vllm":
+        report.notes = (f"nothing vouches for the bytes of {checkpoint.location}",)
     mode = "recorded" if checkpoint.kind == "checkpoint" else "sharded"
     _log.info(
         "shardstate: rank=%d mode=%s layout=%s bytes=%d wanted=%d read=%d requests=%d "

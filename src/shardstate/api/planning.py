@@ -49,6 +49,7 @@ from shardstate.sharding import (
     parse_rules,
 )
 from shardstate.storage import LocalStorage
+from shardstate.storage.local import mapped_errors
 
 READ_THREADS = 2  # reach what a disk gives through the page cache
 PIECE_BYTES = BLOCK_BYTES  # so that pieces of contiguous tensors are whole digest blocks
@@ -64,13 +65,16 @@ def open_path(path: str | os.PathLike[str], *, pattern: str | None = None) -> Ch
 
     Reads headers and small JSON files only. `pattern` names the rank files of vLLM's own sets.
     """
-    return open_checkpoint(storage_at(path), pattern=pattern)
+    storage = storage_at(path)
+    try:
+        return open_checkpoint(storage, pattern=pattern)
+    except InputError as error:
+        storage.close()
+        raise error.located(storage.location) from None
 
 
 def storage_at(path: str | os.PathLike[str]) -> LocalStorage:
-    text = os.fspath(path)
-    if re.match(r"[a-z][a-z0-9+.-]*://", text):
-        raise UsageError(f"{text}: only local directories can be read; copy it to a disk first")
+    text = local_path(path)
     if not os.path.lexists(text):
         raise PathNotFound(f"{text}: there is no such directory; check the path", file=text)
     if not os.path.isdir(text):
@@ -78,6 +82,14 @@ def storage_at(path: str | os.PathLike[str]) -> LocalStorage:
             f"{text}: is no directory; give the directory that holds the checkpoint", file=text
         )
     return LocalStorage(text)
+
+
+def local_path(path: str | os.PathLike[str]) -> str:
+    """Return `path` as text; `UsageError` for an address of something that is not local."""
+    text = os.fspath(path)
+    if not text or re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", text):
+        raise UsageError(f"{text!r}: is no local directory, and nothing else is supported yet")
+    return text
 
 
 def describe_checkpoint(checkpoint: Checkpoint) -> Report:
@@ -167,14 +179,12 @@ def rules_of(
     config = checkpoint.config()
     if isinstance(rules, str | os.PathLike):
         file = Path(rules)
-        try:
+        if file.is_dir():
+            raise PathNotFound(f"{file}: is a directory, expected a rules file", file=str(file))
+        with mapped_errors("read the rules", str(file), name=str(file)):
             if file.stat().st_size > _MAX_RULES_BYTES:
                 raise RulesError(f"{file}: is too large for a rules file", file=str(file))
             data = file.read_bytes()
-        except OSError as error:
-            raise PathNotFound(
-                f"{file}: cannot read the rules: {error.strerror}; check the path", file=str(file)
-            ) from error
         return parse_rules(data, config=config, where=str(file)), str(file)
     if rules is not None:
         where = "the rules given"

@@ -16,6 +16,7 @@ from shardstate.api.planning import (
     describe_checkpoint,
     file_reads,
     kinds_of,
+    local_path,
     nbytes_of,
     open_path,
     rules_of,
@@ -23,7 +24,6 @@ from shardstate.api.planning import (
     write_counted,
     write_planned,
 )
-from shardstate.checkpoint import Checkpoint
 from shardstate.coalesce import Read
 from shardstate.commit import SetWriter, companions_of
 from shardstate.digest import digest_of
@@ -80,6 +80,7 @@ def shard(
     figures and writes nothing.
     """
     phases = Phases()
+    topology = Topology(tp)
     template = check_pattern(pattern or DEFAULT_PATTERN, tp=tp)
     max_part_bytes = parse_size(max_part_size)
     chosen = tuple(range(tp)) if ranks is None else tuple(sorted(set(ranks)))
@@ -93,8 +94,9 @@ def shard(
                     f"{checkpoint.location}: is sharded already, for tp "
                     f"{checkpoint.topology and checkpoint.topology.tp}; shard from its source"
                 )
-            _refuse_nested(checkpoint.location, os.fspath(out))
-            identity = _identity(checkpoint)
+            _refuse_nested(checkpoint.location, local_path(out))
+            files = checkpoint.catalog.files
+            identity = _identity(checkpoint.storage, files)
         with phases("plan"):
             resolved, where = rules_of(checkpoint, rules, layout)
             matched, kinds = kinds_of(checkpoint, resolved, where, tp)
@@ -133,7 +135,7 @@ def shard(
             report = describe_checkpoint(checkpoint)
             write_planned(report, [*plans.values()], reads, checkpoint)
             _describe_set(report, info, identifier, plans, parts)
-            report.by_rule = by_rule(Made(plans[chosen[0]], Topology(tp), kinds))
+            report.by_rule = by_rule(Made(plans[chosen[0]], topology, kinds))
         if not dry_run:
             with phases("write"), LocalStorage(out, create=True) as target, target.lock():
                 writer = SetWriter(
@@ -148,6 +150,8 @@ def shard(
                 _write(
                     writer,
                     source=checkpoint.storage,
+                    files=files,
+                    identity=identity,
                     target=target,
                     plans=plans,
                     parts=parts,
@@ -192,16 +196,18 @@ def _refuse_nested(source: str, out: str) -> None:
         raise TargetError(f"{out}: is no directory; choose another place")
 
 
-def _identity(checkpoint: Checkpoint) -> tuple[tuple[int | str, ...], ...]:
-    assert checkpoint.catalog is not None
-    entries = checkpoint.storage.entries()
-    return tuple((name, *entries[name].identity) for name in checkpoint.catalog.files)
+def _identity(storage: Storage, files: Sequence[str]) -> tuple[tuple[int | str, ...], ...]:
+    """Return what changes when one of `files` does."""
+    entries = storage.entries()
+    return tuple((name, *entries[name].identity) for name in files if name in entries)
 
 
 def _write(
     writer: SetWriter,
     *,
     source: Storage,
+    files: Sequence[str],
+    identity: tuple[tuple[int | str, ...], ...],
     target: Writable,
     plans: Mapping[int, Plan],
     parts: Mapping[int, Sequence[PartFile]],
@@ -232,16 +238,18 @@ def _write(
     wanted = [frozenset(row for part in each for row in part.rows) for each in rest]
     if len(kept) < len(plans) or any(kept.values()):
         reads = file_reads([plans[rank] for rank in ranks], wanted)
-    with FilesTarget(target, rest, finished) as files:
+    with FilesTarget(target, rest, finished) as outputs:
         counters = execute(
             reads,
             storage=source,
-            target=files,
+            target=outputs,
             threads=threads,
             progress=progress,
             fills_memory=False,
         )
     write_counted(report, counters)
+    if _identity(source, files) != identity:
+        raise InputError(f"{source.location}: its files changed while they were read; run it again")
     for rank in ranks:
         writer.finish_rank(
             rank,

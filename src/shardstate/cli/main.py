@@ -34,10 +34,19 @@ def run(arguments: Sequence[str]) -> int:
     # Looked at by hand: an error in the arguments themselves must come out as JSON too.
     as_json, debug = "--json" in arguments, "--debug" in arguments
     try:
-        status = cli.main(args=list(arguments), prog_name="shardstate", standalone_mode=False)
+        # Not cli.main: it turns a broken pipe into exit status 1, which means damage here.
+        with cli.make_context("shardstate", list(arguments)) as called:
+            status = cli.invoke(called)
+        sys.stdout.flush()
         return status if isinstance(status, int) else DONE
-    except (KeyboardInterrupt, click.Abort):
+    except click.exceptions.Exit as error:
+        return error.exit_code
+    except KeyboardInterrupt:
         return _fail(INTERRUPTED, "interrupted", "interrupted", as_json)
+    except click.exceptions.NoArgsIsHelpError:
+        commands = ", ".join(cli.commands)
+        text = f"no command given, expected one of {commands}; see shardstate --help"
+        return _fail(BAD_INPUT, "usage", text, as_json)
     except click.ClickException as error:
         text = " ".join(error.format_message().split())
         context = getattr(error, "ctx", None)
@@ -55,8 +64,11 @@ def run(arguments: Sequence[str]) -> int:
         return _fail(status, error.kind, str(error), as_json, file=error.file, tensor=error.tensor)
     except BrokenPipeError:
         # Whoever read our output has left; keep the interpreter from saying so at its exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _silence_stdout()
         return STORAGE
+    except OSError as error:
+        _silence_stdout()
+        return _fail(STORAGE, "storage", f"cannot write the output: {error.strerror}", as_json)
     except MemoryError:
         return _fail(STORAGE, "storage", "out of memory: the tensors do not fit here", as_json)
     except Exception as error:
@@ -81,8 +93,15 @@ def _fail(
     _print_error(message)
     if as_json:
         fault = {"kind": kind, "message": message, "file": file, "tensor": tensor}
-        click.echo(json.dumps({"error": fault}))
+        with contextlib.suppress(OSError):
+            click.echo(json.dumps({"error": fault}))
     return status
+
+
+def _silence_stdout() -> None:
+    """Keep the interpreter from failing once more when it flushes at its exit."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _print_error(message: str) -> None:

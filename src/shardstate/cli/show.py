@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import click
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -16,7 +17,14 @@ _OVERREAD = 1.05  # beyond this, say why more is read than wanted
 
 def print_report(command: str, arguments: Mapping[str, Any], report: Report) -> None:
     """Print what `command` returned."""
+    # Rendered first: rich would turn a broken pipe into exit status 1, which means damage here.
     console = Console(highlight=False, soft_wrap=True)
+    with console.capture() as capture:
+        _render(console, command, arguments, report)
+    click.echo(capture.get(), nl=False)
+
+
+def _render(console: Console, command: str, arguments: Mapping[str, Any], report: Report) -> None:
     {"inspect": _inspect, "plan": _plan, "shard": _shard, "load": _load, "verify": _verify}[
         command
     ](console, arguments, report)

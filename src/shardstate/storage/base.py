@@ -73,6 +73,10 @@ class Output(Protocol):
 class Writable(Storage, Protocol):
     """Write side."""
 
+    def strays(self) -> list[str]:
+        """Return what is there and neither a regular file nor a folder: pipes, bad links, …"""
+        ...
+
     def create(self, name: str, nbytes: int) -> Output:
         """Return an output of exactly `nbytes` bytes, under a temporary name until published."""
         ...
@@ -82,7 +86,7 @@ class Writable(Storage, Protocol):
         ...
 
     def remove(self, name: str) -> None:
-        """Remove a file; nothing happens if there is none."""
+        """Remove a file, and folders that are empty then; nothing happens if there is none."""
         ...
 
     def sync(self) -> None:

@@ -76,9 +76,12 @@ class LocalStorage:
         return dict(sorted(found.items()))
 
     def walk(self) -> Iterator[Entry]:
-        yield from self._walk(self._root, "")
+        return (entry for _, entry in self._walk(self._root, "") if entry is not None)
 
-    def _walk(self, folder: int, prefix: str) -> Iterator[Entry]:
+    def strays(self) -> list[str]:
+        return [name for name, entry in self._walk(self._root, "") if entry is None]
+
+    def _walk(self, folder: int, prefix: str) -> Iterator[tuple[str, Entry | None]]:
         with mapped_errors("list", self._path(prefix)), os.scandir(folder) as listing:
             items = sorted(listing, key=lambda item: item.name)
         for item in items:
@@ -92,8 +95,10 @@ class LocalStorage:
                     yield from self._walk(below, name + "/")
                 finally:
                     os.close(below)
-            elif (entry := _entry(item, name)) is not None:
-                yield entry
+            else:
+                with mapped_errors("look at", self._path(name), name=name):
+                    entry = _entry(item, name)
+                yield name, entry
 
     def size(self, name: str) -> int:
         return os.fstat(self._fd(name)).st_size
@@ -155,9 +160,13 @@ class LocalStorage:
 
     def remove(self, name: str) -> None:
         self._forget(name)
-        with mapped_errors("remove", self._path(name), name=name), self._folder(name) as (at, last):
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(last, dir_fd=at)
+        with mapped_errors("remove", self._path(name), name=name):
+            with contextlib.suppress(FileNotFoundError), self._folder(name) as (folder, last):
+                os.unlink(last, dir_fd=folder)
+            for above in list(PurePosixPath(name).parents)[:-1]:
+                # Folders of companions go with the last of them; others are not empty.
+                with contextlib.suppress(OSError), self._folder(str(above)) as (folder, last):
+                    os.rmdir(last, dir_fd=folder)
 
     def sync(self) -> None:
         with mapped_errors("sync", self.location):
@@ -244,7 +253,11 @@ class LocalOutput:
                 os.unlink(temporary, dir_fd=folder)
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
             self._fd = os.open(temporary, flags, 0o666, dir_fd=folder)
-            os.truncate(self._fd, nbytes)
+            try:
+                os.truncate(self._fd, nbytes)
+            except OSError:
+                self.discard()
+                raise
 
     def write(self, begin: int, views: Sequence[memoryview]) -> None:
         at, pending = begin, [view for view in views if view.nbytes]
@@ -261,10 +274,10 @@ class LocalOutput:
         storage = self._storage
         with self._mapped("write"):
             os.fsync(self._fd)
-        fd, self._fd = self._fd, -1
-        os.close(fd)
         with self._mapped("rename"), storage._folder(self._name) as (folder, last):
             os.rename(temporary_name(last), last, src_dir_fd=folder, dst_dir_fd=folder)
+            fd, self._fd = self._fd, -1
+            os.close(fd)
             os.fsync(folder)
 
     def discard(self) -> None:
@@ -284,8 +297,10 @@ def _entry(item: os.DirEntry[str], name: str) -> Entry | None:
     """Return the entry of a regular file, or of what a link leads to; None for anything else."""
     try:
         status = item.stat(follow_symlinks=True)
-    except FileNotFoundError:  # a dangling link, or removed since it was listed
-        return None
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            return None  # a link that leads nowhere, or removed since it was listed
+        raise
     if not stat.S_ISREG(status.st_mode):
         return None
     return Entry(name, status.st_size, (status.st_size, status.st_mtime_ns, status.st_ino))

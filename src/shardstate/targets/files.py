@@ -115,8 +115,8 @@ class FilesTarget:
             done = opened.remaining == 0
         if done:
             part = opened.part
-            opened.output.publish()
             blocks = tuple(hasher.blocks() for hasher in opened.hashers)
+            opened.output.publish()
             header = part.header_digest
             entry = PartEntry(
                 part.name, part.nbytes, header, rank_file_digest(header, blocks), blocks

@@ -9,6 +9,7 @@ import numpy as np
 from shardstate.catalog import Tensors
 from shardstate.coalesce import Piece, Read
 from shardstate.dtypes import DTYPES, numpy_dtype
+from shardstate.errors import InputError
 from shardstate.targets.base import transfer
 from shardstate.targets.hashing import TensorHasher
 
@@ -25,7 +26,12 @@ class MemoryTarget:
         for row, name in enumerate(tensors.names):
             dtype = DTYPES[tensors.dtypes[row]]
             shape = (tensors.nbytes(row),) if dtype.packed else tensors.shapes[row]
-            array = np.empty(shape, dtype=numpy_dtype(dtype.tag))
+            try:
+                array = np.empty(shape, dtype=numpy_dtype(dtype.tag))
+            except ValueError as error:
+                raise InputError(
+                    f"{name}: shape {list(shape)} is more than numpy can hold: {error}", tensor=name
+                ) from None
             self.arrays[name] = array
             self._bytes.append(array.reshape(-1).view(np.uint8))
         self._hashers = [TensorHasher(len(each)) for each in self._bytes] if digests else None
