@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reference import carry_out, catalog_in_memory, offsets, shared_tensors, sides
@@ -195,9 +195,14 @@ def test_in_file_order_reads_go_forward(
     assert places == sorted(places)
 
 
-@given(st.integers(1, 8), limits, st.data())
+@settings(max_examples=200)
+@given(st.integers(1, 8), limits, st.sampled_from(["keep", "f32"]), st.booleans(), st.data())
 def test_outer_splits_are_read_with_little_more(
-    rank_count: int, limit: tuple[int, int, int], data: st.DataObject
+    rank_count: int,
+    limit: tuple[int, int, int],
+    dtype: str,
+    in_dest_order: bool,
+    data: st.DataObject,
 ) -> None:
     world = 8
     kinds: list[Kind] = data.draw(
@@ -211,9 +216,9 @@ def test_outer_splits_are_read_with_little_more(
     tensors = [(str(i), "BF16", (data.draw(rows), 5)) for i in range(len(kinds))]
     catalog, _ = catalog_in_memory(tensors)
     size, factor, gap = limit
-    plans = plans_of(catalog, kinds, world)[:rank_count]
+    plans = plans_of(catalog, kinds, world, dtype)[:rank_count]
     for some in (plans, plans[-1:]):
-        reads = reads_of(some, piece=size, read=size * factor, gap=gap)
+        reads = reads_of(some, piece=size, read=size * factor, gap=gap, in_dest_order=in_dest_order)
         no_byte_twice(reads)
         wanted, asked = bytes_wanted(some), sum(read.nbytes for read in reads)
         assert wanted <= asked <= 1.05 * wanted
@@ -240,6 +245,15 @@ def test_over_read_of_contiguous_copies_stays_within_its_budget() -> None:
     # The smallest gaps go first: of 2 to 10 bytes those up to 8 would cost 35, all 54.
     assert sum(range(2, 9)) == over
     assert len(reads) == 3
+
+
+@pytest.mark.parametrize(("ranks", "dtype"), [(1, "f32"), (5, "keep")])
+def test_neither_casts_nor_several_ranks_widen_the_budget(ranks: int, dtype: str) -> None:
+    tensors = [("a", "BF16", (100,)), ("b", "BF16", (9,)), ("c", "BF16", (100,))]
+    catalog, _ = catalog_in_memory(tensors)
+    plans = plans_of(catalog, [Replicate()] * 3, 8, dtype)[:ranks]
+    reads = reads_of(plans, gap=100, wanted=[frozenset([0, 2])] * ranks)
+    assert [read.nbytes for read in reads] == [200, 200]
 
 
 @given(worlds, st.booleans(), st.data())

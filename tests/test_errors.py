@@ -7,7 +7,7 @@ import re
 import pytest
 
 from shardstate import errors
-from shardstate.errors import DamageError, NoRule, ShardStateError, UnevenSplit
+from shardstate.errors import DamageError, HeaderError, NoRule, ShardStateError, UnevenSplit
 
 TREE = [
     value
@@ -57,6 +57,12 @@ def test_fields_of_an_error_survive_pickling() -> None:
         back = pickle.loads(pickle.dumps(made))
         assert vars(made) == vars(back)
     assert NoRule("m", names=("a", "b")).tensor == "a"
+
+
+def test_a_file_is_located_in_its_folder() -> None:
+    assert str(HeaderError("a: wrong", file="a").located("/x")) == "/x/a: wrong"
+    assert str(HeaderError("b: wrong", file="a").located("/x")) == "b: wrong"
+    assert str(HeaderError("a: wrong").located("/x")) == "a: wrong"
 
 
 @pytest.mark.parametrize("error", TREE)

@@ -17,7 +17,9 @@ from shardstate.names import (
     Pattern,
     check_pattern,
     is_companion,
+    is_relative_path,
     note_name,
+    note_place,
     provenance_name,
     provenance_rank,
     record_name,
@@ -119,7 +121,7 @@ def test_a_pattern_without_rank_means_rank_0() -> None:
         ("{rank!r}-{part}.safetensors", "found {rank}"),
         ("{rank.real}-{part}.safetensors", "found {rank.real}"),
         ("{}-{part}.safetensors", "found {}"),
-        ("{name}-{part}.safetensors", "knows {rank}, {tp_rank} and {part}, found {name}"),
+        ("{name}-{part}.safetensors", "knows {rank}, {tp_rank}, {pp_rank}, {part}, found {name}"),
         ("{rank}-{part.safetensors", "expected '}'"),
         ("{rank}-{part}}.safetensors", "Single '}'"),
     ],
@@ -142,6 +144,30 @@ def test_names_of_records_and_provenance_lead_back(rank: int) -> None:
 def test_a_rank_is_a_plain_decimal(rank: str) -> None:
     assert record_rank(f"shardstate.rank-{rank}.json") is None
     assert provenance_rank(f"shardstate.rank-{rank}.provenance.json") is None
+
+
+@given(numbers, numbers)
+def test_names_of_notes_lead_back(rank: int, part: int) -> None:
+    assert (rank, part) == note_place(note_name(rank, part))
+
+
+@pytest.mark.parametrize(
+    "name", ["part-1-2", f"{OURS}part-01-2", f"{OURS}part-1", f"{OURS}new-1-2"]
+)
+def test_other_names_are_no_notes(name: str) -> None:
+    assert note_place(name) is None
+
+
+@pytest.mark.parametrize("path", ["a", "a/b.json", "a/b/..c", ".x/y"])
+def test_a_relative_path_stays_below(path: str) -> None:
+    assert is_relative_path(path)
+
+
+@pytest.mark.parametrize(
+    "path", ["", "/a", "a/", "a//b", "..", "a/../b", "./a", "a\\b", "a/\ud800"]
+)
+def test_a_path_that_could_lead_out_is_no_relative_path(path: str) -> None:
+    assert not is_relative_path(path)
 
 
 @given(st.text(max_size=300), numbers, numbers)

@@ -20,6 +20,7 @@ from reference import (
     stored,
 )
 from shardstate.catalog import Catalog, Tensors
+from shardstate.compose import compose_plans, invert_plan
 from shardstate.dtypes import CAST_NAMES, DTYPES, cast_array, numpy_dtype
 from shardstate.errors import NotNested, PlanError
 from shardstate.layout import Loop, Move, Region, Shape, canonical
@@ -30,9 +31,7 @@ from shardstate.plan import (
     Plan,
     bytes_wanted,
     check_plan,
-    compose_plans,
     faults,
-    invert_plan,
     make_plan,
     padding_boxes,
     plan_identity,

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from reference import share_of, shared_tensors
 from shardstate.errors import NoRule, RulesError, UnevenSplit, UsageError
 from shardstate.sharding import (
+    MAX_RANKS,
     TABLES,
     Kind,
     KvHeads,
@@ -132,6 +133,13 @@ def test_ranks_are_checked() -> None:
         Rank(-1, 4)
     with pytest.raises(UsageError, match="tp is 0; it must be from 1 to 65536"):
         Rank(0, 0)
+
+
+@pytest.mark.parametrize("axis", ["tp", "pp", "dp"])
+@pytest.mark.parametrize("size", [-1, 0, MAX_RANKS + 1])
+def test_sizes_of_a_topology_are_checked(axis: str, size: int) -> None:
+    with pytest.raises(UsageError, match=f"{axis} is {size}; it must be from 1 to {MAX_RANKS}"):
+        Topology(**{"tp": 1, axis: size})
 
 
 def test_the_world_is_the_product_of_the_topology() -> None:

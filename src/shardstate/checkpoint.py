@@ -27,6 +27,7 @@ from shardstate.names import (
     CONFIG,
     DEFAULT_PATTERN,
     MANIFEST,
+    PIPELINE_PATTERN,
     Pattern,
     check_pattern,
     record_name,
@@ -269,16 +270,14 @@ def open_checkpoint(storage: Storage, *, pattern: str | None) -> Checkpoint:
         if pattern is not None and pattern != info.pattern:
             raise UsageError(f"pattern {pattern!r} contradicts the set's {info.pattern!r}")
         return found
-    template = check_pattern(pattern or DEFAULT_PATTERN, tp=1)
-    grouped, holes = group_parts(names, template)
-    if holes:
-        raise CatalogError(
-            f"{storage.location}: {holes[0]} is missing between the files that are there; "
-            f"copy it, or save the set again",
-            file=holes[0],
-        )
-    if grouped:
-        return _open_vllm(storage, grouped)
+    if (unmarked := find_parts(names, pattern)) is not None:
+        if holes := unmarked.holes:
+            raise CatalogError(
+                f"{storage.location}: {holes[0]} is missing between the files that are there; "
+                f"copy it, or save the set again",
+                file=holes[0],
+            )
+        return _open_vllm(storage, unmarked)
     if pattern is not None:
         raise InputError(f"{storage.location}: holds no file of the pattern {pattern!r}")
     return _open_ordinary(storage, names)
@@ -306,19 +305,36 @@ def _open_set(storage: Storage, *, has_manifest: bool, records: list[int]) -> Ch
     return found
 
 
-def group_parts(
-    names: Iterable[str], template: Pattern
-) -> tuple[dict[int, tuple[str, ...]], list[str]]:
-    """Return rank → its files in order for a set without records, and the holes in between."""
-    parts = {place: name for name in names if (place := template.parse(name)) is not None}
-    grouped: dict[int, tuple[str, ...]] = {}
-    holes: list[str] = []
-    for rank in range(max((rank for rank, _ in parts), default=-1) + 1):
-        numbers = {part for r, part in parts if r == rank}
-        absent = sorted(set(range(max(numbers, default=0) + 1)) - numbers)
-        holes += [template.name(rank, part) for part in absent]
-        grouped[rank] = tuple(parts[rank, part] for part in sorted(numbers))
-    return grouped, holes
+@dataclass(frozen=True, slots=True)
+class Unmarked:
+    """The rank files of a set without records, as vLLM writes them."""
+
+    parts: Mapping[int, tuple[str, ...]]  # by global rank, in order
+    holes: tuple[str, ...]  # names that are missing between those that are there
+    topology: Topology
+
+
+def find_parts(names: Iterable[str], pattern: str | None) -> Unmarked | None:
+    """Return the files that `pattern`, or else one of vLLM's, makes; None if there are none."""
+    names = list(names)
+    for text in (pattern,) if pattern is not None else (DEFAULT_PATTERN, PIPELINE_PATTERN):
+        fields = check_pattern(text, tp=1).fields
+        places = {place: name for name in names if (place := fields(name)) is not None}
+        if not places:
+            continue
+        topology = Topology(
+            max(rank for _, rank, _ in places) + 1, max(stage for stage, _, _ in places) + 1
+        )
+        template = Pattern(text, topology.tp)
+        parts: dict[int, tuple[str, ...]] = {}
+        holes: list[str] = []
+        for index in range(topology.world):
+            own = {p for s, r, p in places if s * topology.tp + r == index}
+            absent = sorted(set(range(max(own, default=0) + 1)) - own)
+            holes += [template.name(index, part) for part in absent]
+            parts[index] = tuple(template.name(index, part) for part in sorted(own))
+        return Unmarked(parts, tuple(holes), topology)
+    return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -371,9 +387,10 @@ def refuse_unlisted(name: str, header: Header) -> None:
         )
 
 
-def _open_vllm(storage: Storage, grouped: dict[int, tuple[str, ...]]) -> Checkpoint:
-    found = Checkpoint(storage, "vllm", Topology(len(grouped)), parts=grouped)
-    refuse_unlisted(grouped[0][0], found.header(grouped[0][0])[1])
+def _open_vllm(storage: Storage, unmarked: Unmarked) -> Checkpoint:
+    found = Checkpoint(storage, "vllm", unmarked.topology, parts=unmarked.parts)
+    first = unmarked.parts[0][0]
+    refuse_unlisted(first, found.header(first)[1])
     return found
 
 

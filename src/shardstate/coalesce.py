@@ -162,14 +162,18 @@ def _bridged_gaps(
     """Return the numbers of the pieces that are read together with the gap before them."""
     gaps: list[tuple[int, int]] = []
     end = 0
+    wanted = 0  # bytes of the files: what several ranks read counts once, and casts do not count
     for i, (a, b) in enumerate(spans):
-        if i and files[i] == files[i - 1]:
-            if 0 < a - end <= max_gap_bytes:
-                gaps.append((a - end, i))
-            end = max(end, b)
-        else:
-            end = b
-    budget = OVERREAD * sum(piece.nbytes for piece in pieces if piece.source_run)
+        if files[i] < 0:
+            continue
+        if not i or files[i] != files[i - 1] or a < spans[i - 1][0]:
+            end = a
+        elif 0 < a - end <= max_gap_bytes:
+            gaps.append((a - end, i))
+        if pieces[i].source_run:
+            wanted += max(0, b - max(a, end))
+        end = max(end, b)
+    budget = OVERREAD * wanted
     bridged = set()
     for gap, i in sorted(gaps):
         budget -= gap

@@ -16,7 +16,14 @@ import msgspec
 
 from shardstate.checkpoint import read_header_bytes
 from shardstate.digest import digest_of
-from shardstate.errors import InputError, SetError, StorageError, TargetError
+from shardstate.errors import (
+    InputError,
+    PathNotFound,
+    SetError,
+    StorageError,
+    TargetError,
+    UsageError,
+)
 from shardstate.header import PREFIX_BYTES, parse_header
 from shardstate.manifest import (
     MAX_JSON_BYTES,
@@ -42,6 +49,7 @@ from shardstate.names import (
     DEFAULT_PATTERN,
     MANIFEST,
     OURS,
+    PIPELINE_PATTERN,
     REPLACING,
     SIGNATURE,
     Pattern,
@@ -54,6 +62,7 @@ from shardstate.names import (
     provenance_rank,
     record_name,
     record_rank,
+    temporary_name,
 )
 from shardstate.parts import PartFile
 from shardstate.plan import Plan
@@ -62,6 +71,7 @@ from shardstate.storage import Entry, Storage, Writable
 
 _log = logging.getLogger("shardstate")
 
+_MANY_PARTS = 4096  # temporary files of more parts than that are left to `shard --force`
 Identity = tuple[tuple[int | str, ...], ...]  # of each source file, by name
 
 
@@ -119,7 +129,7 @@ class SetWriter:
         self._storage = storage
         self._set = set_id
         self._info = info
-        self._pattern = check_pattern(info.pattern, tp=info.topology.tp)
+        self._pattern = check_pattern(info.pattern, tp=info.topology.tp, pp=info.topology.pp)
         self._companions = companions
         self._identity = source_identity
         self._old_files: set[str] = set()
@@ -174,6 +184,29 @@ class SetWriter:
         self._clean(keep)
         return {rank: kept.get(rank, {}) for rank in parts}
 
+    def begin_rank(self, rank: int) -> None:
+        """Prepare one rank's save, while others may save theirs. `TargetError` if it is there."""
+        storage, name = self._storage, record_name(rank)
+        try:
+            there = parse_record(storage.read(name, limit=MAX_JSON_BYTES), file=name, rank=rank)
+        except InputError:
+            there = None  # none, or a damaged one: about to be replaced either way
+        if there is not None and there.set == self._set:
+            raise UsageError(
+                f"{storage.location}: save {self._set} of rank {rank} is there already; "
+                f"each save needs a new save_id"
+            )
+        for file in (MANIFEST, SIGNATURE):
+            storage.remove(file)
+        storage.sync()
+        storage.remove(provenance_name(rank))
+        storage.remove(name)
+        storage.sync()
+        own = {temporary_name(self._pattern.name(rank, part)) for part in range(_MANY_PARTS)}
+        for file in storage.entries():
+            if file in own:
+                storage.remove(file)
+
     def note(self, part: PartFile, entry: PartEntry) -> None:
         """Remember that a part is finished, for a run that takes this one up."""
         content = {
@@ -191,6 +224,7 @@ class SetWriter:
         *,
         padding: Mapping[str, list[list[list[int]]]],
         provenance: Plan | None,
+        aliases: Sequence[tuple[str, ...]] = (),
     ) -> Record:
         """Commit one rank, whose parts are all published; `provenance` is the plan that made it."""
         storage = self._storage
@@ -211,6 +245,7 @@ class SetWriter:
             rank=rank,
             info=self._info,
             files=tuple(files),
+            aliases=tuple(aliases),
             padding={k: [[(b, e) for b, e in box] for box in v] for k, v in padding.items()},
             provenance=sealed,
             companions=self._small,
@@ -220,10 +255,11 @@ class SetWriter:
             storage.remove(note_name(rank, part))
         return record
 
-    def commit(self) -> tuple[int, ...]:
+    def commit(self, *, shared: bool = False) -> tuple[int, ...]:
         """Publish the manifest if all ranks are there; return the ranks that still lack.
 
-        Afterwards what only the replaced set listed is removed.
+        Afterwards what only the replaced set listed is removed; where others write too (`shared`),
+        only its rank files.
         """
         found = self._look()
         world = self._info.shape.world
@@ -242,13 +278,15 @@ class SetWriter:
         self._storage.sync()
         listed = {entry.name for entry in manifest.files}
         for name in sorted((found.listed | self._old_files) - listed):
-            self._storage.remove(name)
+            if not shared or self._mark(name) is not None:
+                self._storage.remove(name)
         for rank in found.records:
             if rank not in ours:
                 self._storage.remove(provenance_name(rank))
                 self._storage.remove(record_name(rank))
         self._storage.sync()
-        self._clean(set())
+        if not shared:
+            self._clean(set())
         return ()
 
     def _clean(self, keep: Set[str]) -> None:
@@ -266,7 +304,10 @@ class SetWriter:
             rank = record_rank(name)
             if name not in (MANIFEST, REPLACING) and rank is None and note_place(name) is None:
                 continue
-            data = storage.read(name, limit=MAX_JSON_BYTES)
+            try:
+                data = storage.read(name, limit=MAX_JSON_BYTES)
+            except PathNotFound:
+                continue  # whoever saves that rank is just replacing it
             try:
                 if name == MANIFEST:
                     found.manifest = parse_manifest(data, file=name)
@@ -345,7 +386,8 @@ class SetWriter:
         )
 
     def _is_rank_file(self, name: str) -> bool:
-        return any(p.parse(name) is not None for p in (self._pattern, Pattern(DEFAULT_PATTERN)))
+        known = (self._pattern, Pattern(DEFAULT_PATTERN), Pattern(PIPELINE_PATTERN))
+        return any(pattern.fields(name) is not None for pattern in known)
 
     def _is_of_a_set(self, name: str) -> bool:
         """Whether a file has the name of a rank file, or the mark of one."""

@@ -10,11 +10,13 @@ from fnmatch import fnmatchcase
 from shardstate.catalog import is_file_name
 from shardstate.digest import digest_of
 from shardstate.errors import UsageError
+from shardstate.sharding import Topology
 
 MANIFEST = "shardstate.json"
 SIGNATURE = "shardstate.json.sig"
 CONFIG = "config.json"
 DEFAULT_PATTERN = "model-rank-{rank}-part-{part}.safetensors"
+PIPELINE_PATTERN = "model-pp-{pp_rank}-tp-{tp_rank}-part-{part}.safetensors"
 OURS = ".shardstate-"  # temporary files, notes and locks begin with this
 REPLACING = ".shardstate-replacing"  # lists what a set that is being replaced consists of
 
@@ -27,40 +29,59 @@ _NOT_COMPANIONS = (
     "shardstate*",
     ".shardstate*",
 )
-_FIELDS = ("rank", "tp_rank", "part")
+_FIELDS = ("rank", "tp_rank", "pp_rank", "part")
 
 
 @dataclass(frozen=True, slots=True)
 class Pattern:
-    """The template of rank-file names; `{rank}` (= `{tp_rank}`) and `{part}` are decimal."""
+    """The template of rank-file names; its fields are decimal.
+
+    `{rank}` = `{tp_rank}`, `{pp_rank}` and `{part}`; `tp` is what the global rank is counted with.
+    """
 
     text: str
+    tp: int = 1
 
     def name(self, rank: int, part: int) -> str:
-        """Return the file name of one part of one rank."""
-        return self.text.format(rank=rank, tp_rank=rank, part=part)
+        """Return the file name of one part of one global rank."""
+        own, stage = (rank % self.tp, rank // self.tp) if "{pp_rank}" in self.text else (rank, 0)
+        return self.text.format(rank=own, tp_rank=own, pp_rank=stage, part=part)
 
-    def parse(self, name: str) -> tuple[int, int] | None:
-        """Return (rank, part) of a name that this pattern makes, else None; rank 0 if unnamed."""
+    def fields(self, name: str) -> tuple[int, int, int] | None:
+        """Return (pp_rank, tp_rank, part) of a name that this pattern makes, else None.
+
+        Ranks that the pattern does not show are 0.
+        """
         pieces, seen = [], set()
         for literal, field, _, _ in string.Formatter().parse(self.text):
             pieces.append(re.escape(literal))
             if field:
-                group = "part" if field == "part" else "rank"
+                group = "rank" if field == "tp_rank" else field
                 pieces.append(f"(?P={group})" if group in seen else f"(?P<{group}>0|[1-9][0-9]*)")
                 seen.add(group)
         found = re.fullmatch("".join(pieces), name)
         if found is None:
             return None
         groups = found.groupdict()
-        return int(groups.get("rank") or 0), int(groups["part"])
+        return int(groups.get("pp_rank") or 0), int(groups.get("rank") or 0), int(groups["part"])
+
+    def parse(self, name: str) -> tuple[int, int] | None:
+        """Return (global rank, part) of a name that this pattern makes, else None."""
+        found = self.fields(name)
+        return None if found is None else (found[0] * self.tp + found[1], found[2])
 
 
-def check_pattern(text: str, *, tp: int) -> Pattern:
+def default_pattern(topology: Topology) -> str:
+    """Return vLLM's name of rank files for a topology."""
+    return DEFAULT_PATTERN if topology.pp == 1 else PIPELINE_PATTERN
+
+
+def check_pattern(text: str, *, tp: int, pp: int = 1) -> Pattern:
     """Return the pattern, or raise `UsageError` if two ranks or parts could get one name."""
 
     def fault(why: str) -> UsageError:
-        return UsageError(f"pattern {text!r}: {why}; the default is {DEFAULT_PATTERN!r}")
+        default = default_pattern(Topology(1, pp))
+        return UsageError(f"pattern {text!r}: {why}; the default is {default!r}")
 
     try:
         parsed = list(string.Formatter().parse(text))
@@ -69,22 +90,25 @@ def check_pattern(text: str, *, tp: int) -> Pattern:
     fields = [field for _, field, _, _ in parsed if field is not None]
     for _, field, spec, conversion in parsed:
         if field is not None and (field not in _FIELDS or spec or conversion):
-            raise fault(f"knows {{rank}}, {{tp_rank}} and {{part}}, found {{{field}}}")
+            known = ", ".join(f"{{{known}}}" for known in _FIELDS)
+            raise fault(f"knows {known}, found {{{field}}}")
     if "part" not in fields:
         raise fault("lacks {part}, so that the parts of a rank would share one name")
     if tp > 1 and not {"rank", "tp_rank"} & set(fields):
         raise fault("lacks {rank}, so that ranks would share one name")
+    if pp > 1 and "pp_rank" not in fields:
+        raise fault("lacks {pp_rank}, so that pipeline stages would share one name")
     # Between two numbers there must be something that is no digit, else 1|11 and 11|1 are one name.
     for number, (literal, _, _, _) in enumerate(parsed):
         between = number and parsed[number - 1][1] is not None and parsed[number][1] is not None
         if between and not re.search(r"[^0-9]", literal):
             raise fault("has two numbers with nothing but digits between, so that names collide")
-    name = text.format(rank=0, tp_rank=0, part=0)
+    name = text.format(rank=0, tp_rank=0, pp_rank=0, part=0)
     if not is_file_name(name) or name.startswith((".", "shardstate")):
         raise fault("makes no plain file name that could hold weights")
     if not name.endswith(".safetensors"):
         raise fault('must end with ".safetensors"')
-    return Pattern(text)
+    return Pattern(text, tp)
 
 
 def record_name(rank: int) -> str:
@@ -118,6 +142,11 @@ def note_place(name: str) -> tuple[int, int] | None:
     """Return the (rank, part) whose note has this name, else None."""
     found = re.fullmatch(re.escape(OURS) + r"part-(0|[1-9][0-9]*)-(0|[1-9][0-9]*)", name)
     return (int(found[1]), int(found[2])) if found else None
+
+
+def lock_name(rank: int) -> str:
+    """Return the name of the lock of whoever saves a rank."""
+    return f"{OURS}lock-{rank}"
 
 
 def temporary_name(name: str) -> str:

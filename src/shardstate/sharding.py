@@ -248,7 +248,7 @@ def check_shares(
     if not uneven:
         return
     name, axis, size, unit, what = uneven[0]
-    limit = parts or max(heads, default=1)
+    limit = min(parts or max(heads, default=1), MAX_RANKS)
     works = tuple(
         n
         for n in range(1, limit + 1)

@@ -14,7 +14,7 @@ from shardstate.catalog import Catalog, Tensors, catalog_of, merge_catalogs
 from shardstate.checkpoint import (
     Checkpoint,
     blocks_fit,
-    group_parts,
+    find_parts,
     ordinary_files,
     read_header_bytes,
     refuse_unlisted,
@@ -39,12 +39,10 @@ from shardstate.manifest import (
 )
 from shardstate.names import (
     COMPANION_BYTES,
-    DEFAULT_PATTERN,
     MANIFEST,
     OURS,
     SIGNATURE,
     Pattern,
-    check_pattern,
     provenance_name,
     record_name,
     record_rank,
@@ -102,22 +100,28 @@ def verify_structure(
     """Check the headers of an ordinary checkpoint, or of a set that vLLM wrote; return its kind."""
     found = Verification()
     names = list(storage.entries())
-    template = check_pattern(pattern or DEFAULT_PATTERN, tp=1)
-    kind = "vllm" if any(template.parse(name) for name in names) else "checkpoint"
+    unmarked = find_parts(names, pattern)
+    kind = "checkpoint" if unmarked is None else "vllm"
     files: list[tuple[str, int | None]]
     weight_map: Mapping[str, str] | None = None
-    if kind == "vllm":
-        grouped, absent = group_parts(names, template)
-        if ranks is not None and max(ranks) >= len(grouped):
-            raise UsageError(f"{storage.location}: has ranks 0 to {len(grouped) - 1} only")
-        files = [(n, r) for r, own in grouped.items() for n in own if not ranks or r in ranks]
+    absent: Sequence[str]
+    if unmarked is not None:
+        absent, world = unmarked.holes, len(unmarked.parts)
+        if ranks is not None and max(ranks) >= world:
+            raise UsageError(f"{storage.location}: has ranks 0 to {world - 1} only")
+        files = [
+            (name, rank)
+            for rank, own in unmarked.parts.items()
+            for name in own
+            if ranks is None or rank in ranks
+        ]
     else:
         try:
             ordinary = ordinary_files(storage, names)
         except CatalogError as error:
             _add_error(found, error.file or ".", error)
             return kind, found
-        files, absent = [(name, None) for name in ordinary.files], [*ordinary.absent]
+        files, absent = [(name, None) for name in ordinary.files], ordinary.absent
         weight_map, found.bytes_meta = ordinary.weight_map, ordinary.bytes_meta
     for name in absent:
         found.add("missing", name, f"is missing; {_remedy(name)}")
@@ -414,7 +418,7 @@ def _unlisted(storage: Storage, found: Verification, manifest: Manifest | None) 
     for rank in range(_world(storage, manifest)):
         if (record := found.records.get(rank) or _quiet_record(storage, rank)) is not None:
             listed |= {f.name for f in record.files}
-    patterns = {Pattern(r.info.pattern) for r in found.records.values()}
+    patterns = {Pattern(record.info.pattern) for record in found.records.values()}
     if manifest is not None:
         patterns.add(Pattern(manifest.info.pattern))
     set_id = manifest.set if manifest else next((r.set for r in found.records.values()), None)

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import PurePosixPath
 
 from shardstate.errors import InputError, PathNotFound, StorageError, TargetBusy, TruncatedFile
-from shardstate.names import temporary_name
+from shardstate.names import lock_name, temporary_name
 from shardstate.storage.base import Entry
 
 _IOV_MAX = 1024
@@ -178,21 +178,46 @@ class LocalStorage:
         return space.f_bavail * space.f_frsize
 
     @contextlib.contextmanager
-    def lock(self) -> Iterator[None]:
-        with mapped_errors("lock", self.location):
-            fd = os.open(self.location, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            with mapped_errors("lock", self.location):
+    def lock(self, *, rank: int | None = None) -> Iterator[None]:
+        with self._flock(".", fcntl.LOCK_EX if rank is None else fcntl.LOCK_SH):
+            if rank is None:
+                yield
+                return
+            name = lock_name(rank)
+            with self._flock(name, fcntl.LOCK_EX):
                 try:
-                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    yield
+                finally:
+                    self.remove(name)
+
+    @contextlib.contextmanager
+    def _flock(self, name: str, operation: int) -> Iterator[None]:
+        """Hold a lock on the root (".") or on a file of its own, made for that."""
+        path = self.location if name == "." else self._path(name)
+        fd = -1
+        with mapped_errors("lock", path):
+            if name == ".":
+                fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            else:
+                flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+                fd = os.open(name, flags, 0o666, dir_fd=self._root)
+        try:
+            with mapped_errors("lock", path):
+                try:
+                    fcntl.flock(fd, operation | fcntl.LOCK_NB)
                 except BlockingIOError:
                     raise TargetBusy(
-                        f"{self.location}: another process is writing there; wait until it is done"
+                        f"{path}: another process is writing there; wait until it is done"
                     ) from None
-                # The path may have been replaced since the root was opened.
-                held, there, root = os.fstat(fd), os.stat(self.location), os.fstat(self._root)
-            if not (held.st_ino == there.st_ino == root.st_ino):
-                raise TargetBusy(f"{self.location}: was replaced while it was being locked; retry")
+                held = os.fstat(fd).st_ino
+                try:
+                    # The path may have been replaced since it was opened.
+                    there = os.stat(path, follow_symlinks=name == ".").st_ino
+                except FileNotFoundError:
+                    there = -1
+                root = os.fstat(self._root).st_ino
+            if held != there or (name == "." and held != root):
+                raise TargetBusy(f"{path}: was replaced while it was being locked; try again")
             yield
         finally:
             os.close(fd)
