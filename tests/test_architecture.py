@@ -39,12 +39,11 @@ ORDER = [
     "verify",
     "api",
     "__init__",
-    "torch",
     "cli",
 ]
 PURE = {
-    "errors", "dtypes", "layout", "sharding", "header", "catalog", "digest", "plan", "compose", "names",
-    "manifest", "provenance", "parts", "coalesce",
+    "errors", "dtypes", "layout", "sharding", "header", "catalog", "digest", "plan", "compose",
+    "names", "manifest", "provenance", "parts", "coalesce",
 }  # fmt: skip
 EFFECTS = {"os", "io", "socket", "threading", "mmap", "subprocess", "pathlib", "time", "random"}
 

@@ -31,6 +31,7 @@ from shardstate.manifest import (
     unseal,
 )
 from shardstate.names import DEFAULT_PATTERN, provenance_name, record_name
+from shardstate.names import PIPELINE_PATTERN as PIPELINE
 
 A, B = digest_of(b"a"), digest_of(b"b")
 digests = st.binary(max_size=4).map(digest_of)
@@ -42,10 +43,10 @@ words = st.none() | st.text(max_size=4)
 def infos(draw: st.DrawFn) -> SetInfo:
     source = st.builds(Source, location=st.text(max_size=4), revision=words, fingerprint=digests)
     return SetInfo(
-        topology=Sizes(draw(st.integers(1, 4)), draw(st.integers(1, 2)), draw(st.integers(1, 2))),
+        topology=Sizes(draw(st.integers(1, 4)), draw(st.integers(1, 2))),
         layout=draw(st.sampled_from(["rules", "vllm"])),
         stage=draw(st.sampled_from(["checkpoint", "model", "kernel"])),
-        pattern=draw(st.sampled_from([DEFAULT_PATTERN, "{part}-{tp_rank}.safetensors"])),
+        pattern=draw(st.sampled_from([PIPELINE, "{part}-{pp_rank}-{tp_rank}.safetensors"])),
         dtype=draw(st.sampled_from(["keep", "bf16"])),
         quantization=draw(words),
         platform=draw(words),
@@ -57,7 +58,9 @@ def infos(draw: st.DrawFn) -> SetInfo:
 
 
 def part_name(info: SetInfo, rank: int, part: int) -> str:
-    return info.pattern.format(rank=rank, tp_rank=rank, part=part)
+    tp = info.topology.tp
+    own = rank % tp if "pp_rank" in info.pattern else rank
+    return info.pattern.format(rank=own, tp_rank=own, pp_rank=rank // tp, part=part)
 
 
 @st.composite
@@ -278,7 +281,10 @@ def test_entries_are_checked(change: Change, message: str) -> None:
     [
         (lambda c: c["topology"].update(tp=3), r"of ranks \[0, 1\], expected 0 to 2"),
         (lambda c: c["topology"].update(tp=1), r"of ranks \[0, 1\], expected 0 to 0"),
-        (lambda c: c["topology"].update(tp=1 << 16, pp=1 << 16), "expected 0 to 4294967295"),
+        (
+            lambda c: c["topology"].update(tp=1 << 16, pp=1 << 16) or c.update(pattern=PIPELINE),
+            "expected 0 to 4294967295",
+        ),
         (lambda c: c["topology"].update(tp=1 << 20), "<= 65536"),
         (lambda c: [f.update(rank=None) for f in c["files"]], r"of ranks \[\], expected 0 to 1"),
         (
