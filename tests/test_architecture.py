@@ -39,6 +39,7 @@ ORDER = [
     "verify",
     "api",
     "__init__",
+    "torch",
     "cli",
 ]
 PURE = {

@@ -706,3 +706,45 @@ def test_the_manifest_lists_everything_but_itself(clean):
     assert listed == sorted(set(files) - {"shardstate.json"})
     for entry in manifest["files"]:
         assert entry["bytes"] == (clean[4] / entry["name"]).stat().st_size
+
+
+class TestACompleteSet:
+    def test_sharding_again_writes_nothing_and_claims_no_speed(self, source, tmp_path):
+        shardstate.shard(source, tmp_path / "set", tp=2)
+        before = tree(tmp_path / "set")
+        report = shardstate.shard(source, tmp_path / "set", tp=2)
+        assert tree(tmp_path / "set") == before
+        assert (report.bytes_written, report.bytes_read, report.gbps) == (0, 0, None)
+
+    @pytest.mark.parametrize("name", ["model-rank-1-part-0.safetensors", "config.json"])
+    def test_a_damaged_one_is_told(self, source, tmp_path, name):
+        shardstate.shard(source, tmp_path / "set", tp=2)
+        path = tmp_path / "set" / name
+        data = bytearray(path.read_bytes())
+        data[20] ^= 1
+        path.write_bytes(data)
+        with pytest.raises(ShardStateError, match=f"{name} is damaged or missing; --force"):
+            shardstate.shard(source, tmp_path / "set", tp=2)
+
+    def test_what_a_killed_run_left_is_no_reason_to_lack_space(self, source, tmp_path, monkeypatch):
+        (tmp_path / "set").mkdir()
+        left = tmp_path / "set" / ".shardstate-new-0123"
+        left.write_bytes(b"half a part")
+        monkeypatch.setattr(LocalStorage, "free_bytes", lambda _: 0 if left.exists() else 1 << 40)
+        assert shardstate.shard(source, tmp_path / "set", tp=2).committed
+
+    def test_pipeline_stages_have_no_place_in_a_pattern_of_ranks_alone(self, source, tmp_path):
+        pattern = "m-{pp_rank}-{rank}-{part}.safetensors"
+        with pytest.raises(ShardStateError, match="there is one pipeline stage"):
+            shardstate.shard(source, tmp_path / "set", tp=2, pattern=pattern)
+
+    def test_a_file_name_with_a_huge_number_is_one_hole(self, tmp_path):
+        for name in (
+            "model-rank-0-part-400000000.safetensors",
+            "model-pp-65535-tp-65535-part-0.safetensors",
+        ):
+            path = tmp_path / name
+            path.mkdir()
+            (path / name).write_bytes(b"")
+            with pytest.raises(ShardStateError, match="is missing between the files"):
+                shardstate.open(path)

@@ -8,16 +8,18 @@ import time
 import numpy as np
 import pytest
 
+import shardstate
+from shardstate.api import planning
 from shardstate.catalog import Tensors, catalog_of
 from shardstate.coalesce import plan_reads
 from shardstate.digest import BLOCK_BYTES
 from shardstate.engine import execute
-from shardstate.errors import TruncatedFile
-from shardstate.header import PREFIX_BYTES, parse_header, serialise_header
+from shardstate.errors import StorageError, TruncatedFile
+from shardstate.header import PREFIX_BYTES, Header, parse_header, serialise_header
 from shardstate.layout import Move, Region
 from shardstate.plan import Copy, Fill, Literal, make_plan, plan_identity
 from shardstate.storage import LocalStorage
-from shardstate.targets import CompareTarget, DigestTarget, MemoryTarget
+from shardstate.targets import CompareTarget, DigestTarget, MemoryTarget, StoredDigests, allocate
 
 LIMITS = {"piece_bytes": BLOCK_BYTES, "read_bytes": 2 * BLOCK_BYTES, "max_gap_bytes": 1 << 18}
 
@@ -30,6 +32,14 @@ def write(path, tensors):
     size = path.stat().st_size
     parsed = parse_header(header[PREFIX_BYTES:], file=path.name, file_bytes=size)
     return catalog_of([(path.name, size, parsed)], weight_map=None)
+
+
+def memory_of(tensors, *, digests=False):
+    """Return fresh arrays and the target that fills them."""
+    arrays = allocate(tensors)
+    sizes = [tensors.nbytes(row) for row in range(len(tensors))]
+    views = [array.reshape(-1).view(np.uint8) for array in arrays.values()]
+    return arrays, MemoryTarget(views, digests=StoredDigests(sizes) if digests else None)
 
 
 def run(plan, storage, target, *, threads=3, in_dest_order=False, progress=None):
@@ -60,10 +70,10 @@ def big(tmp_path):
 def test_what_is_stored_arrives(big, tmp_path, threads, digests):
     arrays, catalog = big
     with LocalStorage(tmp_path) as storage:
-        target = MemoryTarget(catalog, digests=digests)
+        found, target = memory_of(catalog, digests=digests)
         counters = run(plan_identity(catalog), storage, target, threads=threads)
     assert {name: array.tobytes() for name, array in arrays.items()} == {
-        name: array.tobytes() for name, array in target.arrays.items()
+        name: array.tobytes() for name, array in found.items()
     }
     assert counters.bytes_read == sum(array.nbytes for array in arrays.values())
     if digests:
@@ -71,8 +81,8 @@ def test_what_is_stored_arrives(big, tmp_path, threads, digests):
         with LocalStorage(tmp_path) as storage:
             run(plan_identity(catalog), storage, other, threads=threads)
         for row, name in enumerate(catalog.names):
-            assert target.blocks(row) == other.blocks(0, row)
-            assert len(target.blocks(row)) == -(-arrays[name].nbytes // BLOCK_BYTES)
+            assert target._digests.blocks(row) == other.blocks(0, row)
+            assert len(other.blocks(0, row)) == -(-arrays[name].nbytes // BLOCK_BYTES)
 
 
 def test_transposes_casts_fills_and_literals(tmp_path):
@@ -91,11 +101,11 @@ def test_transposes_casts_fills_and_literals(tmp_path):
         [Literal(1, 64, np.array([1.5, 2.5], np.float32).tobytes())],
     )
     with LocalStorage(tmp_path) as storage:
-        target = MemoryTarget(tensors, digests=False)
+        found, target = memory_of(tensors)
         run(plan, storage, target)
-    assert target.arrays["t"].tobytes() == values.T.astype(np.float16).tobytes()
+    assert found["t"].tobytes() == values.T.astype(np.float16).tobytes()
     expected = np.concatenate([values[1], values[3], [7, 7, 7, 7, 1.5, 2.5]]).astype(np.float32)
-    assert target.arrays["p"].tobytes() == expected.tobytes()
+    assert found["p"].tobytes() == expected.tobytes()
 
 
 def test_a_comparison_names_the_bytes_that_differ(big, tmp_path):
@@ -123,8 +133,53 @@ def test_the_first_error_stops_everything(big, tmp_path):
     before = threading.active_count()
     with LocalStorage(tmp_path) as storage:
         with pytest.raises(TruncatedFile, match=r"f: ends at byte"):
-            run(plan_identity(catalog), storage, MemoryTarget(catalog, digests=True), threads=4)
+            run(plan_identity(catalog), storage, memory_of(catalog, digests=True)[1], threads=4)
     assert threading.active_count() == before
+
+
+class FailingStorage(LocalStorage):
+    """The second large read fails while the first, whose bytes others wait for, is under way."""
+
+    reads = 0
+
+    def read_into(self, name, begin, views):
+        if sum(view.nbytes for view in views) > 1 << 20:
+            self.reads += 1
+            if self.reads == 2:
+                time.sleep(0.2)
+                raise StorageError(f"{name}: the disk is gone")
+            super().read_into(name, begin, views)
+            time.sleep(0.5)
+        else:
+            super().read_into(name, begin, views)
+
+
+@pytest.mark.parametrize("failing", [1, 2, 3])
+def test_an_error_while_sharding_stops_everything(tmp_path, monkeypatch, failing):
+    write(tmp_path / "model.safetensors", {"a": ("BF16", np.zeros((8192, 4096), np.uint16))})
+    monkeypatch.setattr(FailingStorage, "reads", 2 - failing)
+    monkeypatch.setattr(planning, "LocalStorage", FailingStorage)
+    (tmp_path / "out").mkdir()
+    source = tmp_path / "source"
+    source.mkdir()
+    (tmp_path / "model.safetensors").rename(source / "model.safetensors")
+    before = threading.active_count()
+    with pytest.raises(StorageError, match="the disk is gone"):
+        shardstate.shard(source, tmp_path / "out", tp=8, rules=[{"match": "a", "split": 1}])
+    assert threading.active_count() == before
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize("threads", [1, 4, 32, 256])
+def test_memory_keeps_to_its_budget_with_any_number_of_threads(threads):
+    tensors = Tensors(("a",), ("U8",), ((1 << 30,),))
+    catalog = catalog_of(
+        [("f", 1 << 30, Header(("a",), ("U8",), ((1 << 30,),), (0,), (1 << 30,), {}, 0))],
+        weight_map=None,
+    )
+    assert len(tensors) == len(catalog)
+    reads = planning.reads_of([plan_identity(catalog)], threads=threads)
+    assert 4 * threads * max(read.nbytes for read in reads) <= planning.MEMORY_BYTES
 
 
 class SlowStorage(LocalStorage):
@@ -143,7 +198,7 @@ def test_an_interrupt_stops_within_a_second_and_leaves_no_thread(tmp_path):
         timer.start()
         began = time.monotonic()
         with pytest.raises(KeyboardInterrupt):
-            run(plan_identity(catalog), storage, MemoryTarget(catalog, digests=False), threads=2)
+            run(plan_identity(catalog), storage, memory_of(catalog)[1], threads=2)
         assert time.monotonic() - began < 1.3
     timer.join()
     assert threading.active_count() == before
@@ -157,7 +212,7 @@ def test_progress_is_told_often_and_ends_at_the_total(tmp_path):
         run(
             plan_identity(catalog),
             storage,
-            MemoryTarget(catalog, digests=False),
+            memory_of(catalog)[1],
             threads=1,
             progress=lambda done, total: calls.append((done, total)),
         )
@@ -177,9 +232,9 @@ def test_memory_beyond_the_destination_is_bounded(tmp_path):
     )
     reads = plan_reads([plan], in_dest_order=False, **LIMITS | {"max_gap_bytes": 1 << 20})
     with LocalStorage(tmp_path) as storage:
-        target = MemoryTarget(tensors, digests=False)
+        found, target = memory_of(tensors)
         counters = execute(
             reads, storage=storage, target=target, threads=4, progress=None, fills_memory=True
         )
-    assert target.arrays["a"].min() == 1
+    assert found["a"].min() == 1
     assert counters.peak_extra_bytes < 80 << 20

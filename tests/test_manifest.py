@@ -43,7 +43,7 @@ words = st.none() | st.text(max_size=4)
 def infos(draw: st.DrawFn) -> SetInfo:
     source = st.builds(Source, location=st.text(max_size=4), revision=words, fingerprint=digests)
     return SetInfo(
-        topology=Sizes(draw(st.integers(1, 4)), draw(st.integers(1, 2))),
+        topology=Sizes(draw(st.integers(1, 4)), draw(st.integers(2, 3))),
         layout=draw(st.sampled_from(["rules", "vllm"])),
         stage=draw(st.sampled_from(["checkpoint", "model", "kernel"])),
         pattern=draw(st.sampled_from([PIPELINE, "{part}-{pp_rank}-{tp_rank}.safetensors"])),

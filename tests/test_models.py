@@ -1,6 +1,7 @@
 """Real checkpoints, end to end: what transformers writes, and the trained BERT encoder."""
 
 import importlib.util
+import json
 from pathlib import Path
 
 import numpy as np
@@ -218,3 +219,14 @@ def test_a_rules_file_serves_any_model(checkpoint, tmp_path):
     whole = stored(checkpoint("llama"))[name]
     joined = np.concatenate([ranks[0][name], ranks[1][name]])
     assert joined.tobytes() == whole.view(torch.uint8).numpy().tobytes()
+
+
+def test_the_rules_of_the_readme_split_as_the_built_in_table_does(checkpoint, tmp_path):
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    rules = json.loads(readme.split("```json\n")[1].split("```")[0])
+    for rank in range(4):
+        by_readme = shardstate.load(checkpoint("llama"), rank=rank, tp=4, rules=rules)
+        by_table = shardstate.load(checkpoint("llama"), rank=rank, tp=4)
+        assert {n: a.tobytes() for n, a in by_readme.items()} == {
+            n: a.tobytes() for n, a in by_table.items()
+        }

@@ -133,6 +133,20 @@ def catalog_of(
     )
 
 
+def placeless(tensors: Tensors) -> Catalog:
+    """Return `tensors` as a catalog that lies nowhere: the middle of a composition."""
+    nowhere = np.zeros(len(tensors), dtype=np.int64)
+    return Catalog(
+        tensors.names,
+        tensors.dtypes,
+        tensors.shapes,
+        ("",),
+        (0,),
+        nowhere.astype(np.int32),
+        nowhere,
+    )
+
+
 def merge_catalogs(catalogs: Sequence[Catalog]) -> Catalog:
     """Return one catalog of several whose names and files all differ."""
     offsets = np.cumsum([0, *(len(each.files) for each in catalogs)])

@@ -6,13 +6,14 @@ Only headers and small JSON files are read. What is asked for later is checked w
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from shardstate.catalog import INDEX_NAME, Catalog, catalog_of, parse_index
 from shardstate.digest import block_count, digest_of, fingerprint, sample_ranges
-from shardstate.errors import CatalogError, InputError, SetError, UsageError
+from shardstate.errors import CatalogError, DigestError, InputError, SetError, UsageError
 from shardstate.header import PREFIX_BYTES, Header, header_length, parse_header
 from shardstate.manifest import (
     MAX_JSON_BYTES,
@@ -155,7 +156,7 @@ class Checkpoint:
             )
         _, header, raw = self.header(entry.name)
         if (found := digest_of(raw)) != entry.header:
-            raise SetError(
+            raise DigestError(
                 f"{entry.name}: its header has digest {found}, its rank's record says "
                 f"{entry.header}; damaged or of another set: copy it again",
                 file=entry.name,
@@ -318,22 +319,26 @@ def find_parts(names: Iterable[str], pattern: str | None) -> Unmarked | None:
     """Return the files that `pattern`, or else one of vLLM's, makes; None if there are none."""
     names = list(names)
     for text in (pattern,) if pattern is not None else (DEFAULT_PATTERN, PIPELINE_PATTERN):
-        fields = check_pattern(text, tp=1).fields
+        fields = check_pattern(text, tp=1, pp=2 if "{pp_rank}" in text else 1).fields
         places = {place: name for name in names if (place := fields(name)) is not None}
         if not places:
             continue
-        topology = Topology(
-            max(rank for _, rank, _ in places) + 1, max(stage for stage, _, _ in places) + 1
+        tp, pp = (max(place[i] for place in places) + 1 for i in (1, 0))
+        parts: dict[int, list[int]] = defaultdict(list)
+        for stage, rank, part in sorted(places):
+            parts[stage * tp + rank].append(part)
+        template = Pattern(text, tp)
+        # Names can say any number: only the first hole of each rank is looked for.
+        first = next((i for i in range(len(parts) + 1) if i not in parts), 0)
+        holes = [template.name(first, 0)] if len(parts) < tp * pp else []
+        for index, own in sorted(parts.items()):
+            if own[-1] >= len(own):
+                hole = next(i for i, part in enumerate(own) if i != part)
+                holes.append(template.name(index, hole))
+        made = {i: tuple(template.name(i, part) for part in own) for i, own in parts.items()}
+        return Unmarked(
+            dict(sorted(made.items())), tuple(holes), Topology(1) if holes else Topology(tp, pp)
         )
-        template = Pattern(text, topology.tp)
-        parts: dict[int, tuple[str, ...]] = {}
-        holes: list[str] = []
-        for index in range(topology.world):
-            own = {p for s, r, p in places if s * topology.tp + r == index}
-            absent = sorted(set(range(max(own, default=0) + 1)) - own)
-            holes += [template.name(index, part) for part in absent]
-            parts[index] = tuple(template.name(index, part) for part in sorted(own))
-        return Unmarked(parts, tuple(holes), topology)
     return None
 
 

@@ -32,6 +32,7 @@ class Piece:
     move: Move  # elements of `source_dtype` → elements of `dest_dtype`, from each tensor's start
     source_dtype: str
     dest_dtype: str
+    source: int  # row of that plan's catalog; -1 for a constant
     base: int  # where the source tensor begins: bytes from the start of the file
     value: bytes | None = None  # a constant: what stands in for the file
 
@@ -195,15 +196,15 @@ def _pieces(
                 None,
             )
         case Fill(dest, source_dtype, region, value):
-            dest_dtype, base, file = source_dtype, 0, -1
+            dest_dtype, source, base, file = source_dtype, -1, 0, -1
             move = Move(0, region.offset, canonical((n, 0, s) for n, s in region.loops))
         case Literal(dest, begin, value):
             source_dtype = dest_dtype = "U8"
-            base, file = 0, -1
+            source, base, file = -1, 0, -1
             move = Move(0, begin, canonical([(len(value), 1, 1)]))
     widths = DTYPES[source_dtype].itemsize, DTYPES[dest_dtype].itemsize
     for cut in _cut(move, widths, limit, max_gap_bytes):
-        yield Piece(slot, dest, cut, source_dtype, dest_dtype, base, value), file
+        yield Piece(slot, dest, cut, source_dtype, dest_dtype, source, base, value), file
 
 
 def _cut(move: Move, widths: tuple[int, int], limit: int, max_gap_bytes: int) -> Iterator[Move]:

@@ -152,6 +152,8 @@ class SetWriter:
                 self._clean(set())
                 return None
         kept = {} if force else self._kept(found, parts)
+        keep = {note_name(rank, part) for rank, each in kept.items() for part in each}
+        self._clean({REPLACING, *keep})  # what a killed run left takes space that this one needs
         needed = sum(
             part.nbytes
             for rank, each in parts.items()
@@ -167,13 +169,11 @@ class SetWriter:
         self._old_files = set(found.listed)
         if force:
             self._old_files |= {name for name in found.entries if self._is_of_a_set(name)}
-        keep = {note_name(rank, part) for rank, each in kept.items() for part in each}
         if self._old_files:
             # Without manifest and records nothing else would say that these files belong here.
             files = tuple(sorted(self._old_files))
             content = {"version": VERSION, "set": self._set, "files": files}
             self._storage.put(REPLACING, seal(content))
-            keep.add(REPLACING)
         for name in (MANIFEST, SIGNATURE):
             self._storage.remove(name)
         self._storage.sync()
@@ -181,11 +181,10 @@ class SetWriter:
             self._storage.remove(provenance_name(rank))
             self._storage.remove(record_name(rank))
         self._storage.sync()
-        self._clean(keep)
         return {rank: kept.get(rank, {}) for rank in parts}
 
     def begin_rank(self, rank: int) -> None:
-        """Prepare one rank's save, while others may save theirs. `TargetError` if it is there."""
+        """Prepare one rank's save, while others save theirs; `UsageError` if it is there."""
         storage, name = self._storage, record_name(rank)
         try:
             there = parse_record(storage.read(name, limit=MAX_JSON_BYTES), file=name, rank=rank)
@@ -423,18 +422,10 @@ class SetWriter:
             if rank not in found.records:
                 continue
             record = found.records[rank][0]
-            wrong = [
-                name
-                for name, nbytes in (
-                    *((f.name, f.bytes) for f in record.files),
-                    *((c.name, c.bytes) for c in record.companions),
-                    *((provenance_name(rank), p.bytes) for p in (record.provenance,) if p),
-                )
-                if name not in found.entries or found.entries[name].nbytes != nbytes
-            ]
             same = [(f.name, f.bytes, f.header) for f in record.files] == [
                 (p.name, p.nbytes, p.header_digest) for p in expected
             ]
+            wrong = self._unsound(found, record)
             if not wrong and same:
                 done.add(rank)
             elif found.manifest is not None:
@@ -445,6 +436,31 @@ class SetWriter:
                     file=wrong[0] if wrong else record_name(rank),
                 )
         return done
+
+    def _unsound(self, found: _Found, record: Record) -> list[str]:
+        """Return the files of a rank whose size, header or, for small ones, bytes are not right."""
+        wrong = []
+        small = [(c.name, c.bytes, c.digest) for c in record.companions]
+        if (sealed := record.provenance) is not None:
+            small.append((provenance_name(record.rank), sealed.bytes, sealed.digest))
+        sizes = {name: entry.nbytes for name, entry in found.entries.items()}
+        for name, nbytes, digest in small:
+            if (
+                sizes.get(name) != nbytes
+                or digest_of(self._storage.read(name, limit=nbytes)) != digest
+            ):
+                wrong.append(name)
+        for file in record.files:
+            if sizes.get(file.name) != file.bytes:
+                wrong.append(file.name)
+                continue
+            try:
+                raw = read_header_bytes(self._storage, file.name)[1]
+            except InputError:
+                raw = b""
+            if digest_of(raw) != file.header:
+                wrong.append(file.name)
+        return wrong
 
     def _kept(
         self, found: _Found, parts: Mapping[int, Sequence[PartFile]]
@@ -486,7 +502,7 @@ class SetWriter:
 
 def companions_of(storage: Storage) -> Iterator[str]:
     """Yield the small files of a source that come along with a set, by relative path."""
-    for entry in storage.walk():
+    for entry in storage.walk(is_companion):
         if not is_companion(entry.name):
             continue
         if not is_relative_path(entry.name):

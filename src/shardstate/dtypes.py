@@ -11,6 +11,7 @@ from functools import cache
 from types import MappingProxyType
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 
@@ -76,13 +77,7 @@ CAST_NAMES = MappingProxyType({"keep": None, "bf16": "BF16", "f16": "F16", "f32"
 def numpy_dtype(tag: str) -> np.dtype[Any]:
     """Return the numpy type of `tag`; ml_dtypes supplies what numpy itself lacks."""
     name = DTYPES[tag].numpy
-    try:
-        return np.dtype(name)
-    except TypeError:
-        import ml_dtypes
-
-        scalar: type = getattr(ml_dtypes, name)
-        return np.dtype(scalar)
+    return np.dtype(getattr(ml_dtypes, name, name))
 
 
 def cast_array(values: np.ndarray, tag: str) -> np.ndarray:

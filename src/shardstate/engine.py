@@ -130,6 +130,8 @@ def _work(run: _Run, storage: Storage, target: Target) -> None:
                     staged = staging[: read.nbytes]
                     views = [staged.data]
                 storage.read_into(read.file, read.begin, views)
+            if run.stopped.is_set():
+                return
             target.accept(read, staged)
             touched = sum(piece.nbytes for piece in read.pieces)
             with run.lock:

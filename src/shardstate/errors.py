@@ -13,6 +13,8 @@
     │   ├── NotNested               strides that plans cannot intersect or compose
     │   ├── PlanError               a plan leaves elements undefined, or writes them twice
     │   ├── SetError                manifest, records and files of a set do not agree
+    │   │   └── DigestError         a file of a set has another digest than is recorded
+    │   ├── LoadError               stored tensors do not fit a module
     │   └── TargetError             the place to write to holds something else
     ├── DamageError (ValueError)    bytes differ from their recorded digests
     └── StorageError (OSError)      permission, disk full, I/O, network
@@ -112,6 +114,14 @@ class PlanError(InputError):
 
 class SetError(InputError):
     """Manifest, records and files of a sharded checkpoint do not agree."""
+
+
+class DigestError(SetError):
+    """A file of a set has another digest than is recorded for it."""
+
+
+class LoadError(InputError):
+    """Names, shapes or dtypes of stored tensors do not fit a module."""
 
 
 class TargetError(InputError):

@@ -14,7 +14,7 @@ import msgspec
 
 from shardstate.catalog import is_file_name
 from shardstate.digest import digest_of
-from shardstate.errors import SetError, UsageError
+from shardstate.errors import DigestError, SetError, UsageError
 from shardstate.names import check_pattern, is_relative_path, provenance_name, record_name
 from shardstate.sharding import MAX_RANKS, Topology
 
@@ -158,14 +158,14 @@ def unseal(data: bytes, *, file: str) -> bytes:
     cut = data.rfind(_SEAL)
     tail = data[cut + len(_SEAL) :]
     if cut < 0 or not re.fullmatch(rb'[0-9a-f]{64}"\}\n', tail):
-        raise SetError(
+        raise DigestError(
             f"{file}: does not end with its digest; it is damaged or only half there: "
             f"copy it again, or shard again",
             file=file,
         )
     found = digest_of(data[:cut])
     if found != tail[:64].decode():
-        raise SetError(
+        raise DigestError(
             f"{file}: its bytes have digest {found}, and it ends with {tail[:64].decode()}; "
             f"it is damaged: copy it again, or shard again",
             file=file,

@@ -96,8 +96,9 @@ def check_pattern(text: str, *, tp: int, pp: int = 1) -> Pattern:
         raise fault("lacks {part}, so that the parts of a rank would share one name")
     if tp > 1 and not {"rank", "tp_rank"} & set(fields):
         raise fault("lacks {rank}, so that ranks would share one name")
-    if pp > 1 and "pp_rank" not in fields:
-        raise fault("lacks {pp_rank}, so that pipeline stages would share one name")
+    if (pp > 1) != ("pp_rank" in fields):
+        lacks = "lacks {pp_rank}, so that pipeline stages would share one name"
+        raise fault(lacks if pp > 1 else "has {pp_rank}, and there is one pipeline stage")
     # Between two numbers there must be something that is no digit, else 1|11 and 11|1 are one name.
     for number, (literal, _, _, _) in enumerate(parsed):
         between = number and parsed[number - 1][1] is not None and parsed[number][1] is not None

@@ -32,7 +32,6 @@ from shardstate.layout import (
 )
 from shardstate.sharding import Kind, Rank, share
 
-LITERAL_BYTES = 4096  # the most that one literal holds
 _FAR = 1 << 59  # elements, more than any tensor has: where sums of a hostile plan would overflow
 
 

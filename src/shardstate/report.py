@@ -33,6 +33,7 @@ class Report:
     bytes_wanted: int | None = None
     bytes_read: int | None = None
     bytes_cached: int | None = None
+    bytes_written: int | None = None
     bytes_meta: int | None = None
     seconds: float | None = None
     phases: Mapping[str, float] | None = None
@@ -80,11 +81,12 @@ class Phases:
             self.seconds[name] = self.seconds.get(name, 0.0) + now - self._began
             self._began = now
 
-    def finish(self, report: Report, *, main: str) -> Report:
-        """Write times into `report`; `gbps` is bytes by the phase `main`."""
+    def finish(self, report: Report, *, main: str | None) -> Report:
+        """Write times into `report`; `gbps` is what was read or written by the phase `main`."""
         report.phases = self.seconds
         report.seconds = sum(self.seconds.values())
-        elapsed = self.seconds.get(main, 0.0)
-        if report.bytes is not None and elapsed > 0:
-            report.gbps = report.bytes / elapsed / 1e9
+        moved = report.bytes if report.bytes_written is None else report.bytes_written
+        elapsed = 0.0 if main is None else self.seconds.get(main, 0.0)
+        if moved and elapsed > 0:
+            report.gbps = moved / elapsed / 1e9
         return report

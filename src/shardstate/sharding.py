@@ -3,7 +3,7 @@
 A rule says how tensors of one kind are shared. Rules are data: a JSON list, the first that matches
 wins, and a name is matched by whole components from the right.
 
-    {"match": "layers.*.q_proj.weight", "split": 0, "unit": 64}
+    {"match": "layers.*.self_attn.q_proj.weight", "split": 0, "unit": 64}
 
 `match` is the end of the name, `*` one whole component. Exactly one kind:
 

@@ -72,6 +72,13 @@ class Verification:
     manifest: Manifest | None = None
     records: dict[int, Record] = field(default_factory=dict)
 
+    @property
+    def pattern(self) -> str | None:
+        """The pattern of rank files that the set says."""
+        infos = [record.info for record in self.records.values()]
+        infos += [self.manifest.info] if self.manifest is not None else []
+        return infos[-1].pattern if infos else None
+
     def add(
         self,
         kind: str,
@@ -116,6 +123,8 @@ def verify_structure(
             if ranks is None or rank in ranks
         ]
     else:
+        if ranks is not None:
+            raise UsageError(f"{storage.location}: is an ordinary checkpoint, and has no ranks")
         try:
             ordinary = ordinary_files(storage, names)
         except CatalogError as error:

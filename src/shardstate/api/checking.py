@@ -6,17 +6,13 @@ import os
 from collections.abc import Sequence
 
 from shardstate.api.planning import (
-    MAX_GAP_BYTES,
-    PIECE_BYTES,
-    READ_BYTES,
     READ_THREADS,
     open_path,
+    reads_of,
     sizes_of,
     storage_at,
-    write_counted,
 )
-from shardstate.coalesce import plan_reads
-from shardstate.engine import Progress, execute
+from shardstate.engine import Counters, Progress, execute
 from shardstate.errors import (
     UsageError,
 )
@@ -47,7 +43,8 @@ def verify(
     vLLM's own sets and on ordinary checkpoints only the structure can be checked.
     """
     phases = Phases()
-    report = Report(bytes_wanted=0, bytes_read=0, requests=0, peak_extra_bytes=0)
+    report = Report(bytes_wanted=0)
+    figures: list[tuple[Counters, int]] = []  # of each pass, and what it read of the set beside
 
     def carry_out(
         plans: Sequence[Plan],
@@ -55,27 +52,17 @@ def verify(
         target: DigestTarget | CompareTarget,
         wanted: Sequence[frozenset[int]] | None,
     ) -> None:
-        reads = plan_reads(
-            plans,
-            in_dest_order=False,
-            piece_bytes=PIECE_BYTES,
-            read_bytes=READ_BYTES,
-            max_gap_bytes=MAX_GAP_BYTES,
-            wanted=wanted,
+        workers = threads or READ_THREADS
+        counters = execute(
+            reads_of(plans, threads=workers, wanted=wanted),
+            storage=storage,
+            target=target,
+            threads=workers,
+            progress=progress,
+            fills_memory=False,
         )
-        write_counted(
-            report,
-            execute(
-                reads,
-                storage=storage,
-                target=target,
-                threads=threads or READ_THREADS,
-                progress=progress,
-                fills_memory=False,
-            ),
-        )
-        if isinstance(target, CompareTarget):
-            report.bytes_read = (report.bytes_read or 0) + target.bytes_read
+        compared = target.bytes_read if isinstance(target, CompareTarget) else 0
+        figures.append((counters, compared))
 
     storage, source = storage_at(path), None
     try:
@@ -100,13 +87,19 @@ def verify(
                     raise UsageError(
                         f"{storage.location}: no provenance is recorded there; leave --against out"
                     )
-                report.kind, found = verify_structure(storage, pattern=pattern, ranks=ranks)
+                chosen = _checked_ranks(ranks)
+                report.kind, found = verify_structure(storage, pattern=pattern, ranks=chosen)
     finally:
         storage.close()
         if source is not None:
             source.close()
+    report.bytes_read = sum(counters.bytes_read + more for counters, more in figures)
+    report.requests = sum(counters.requests for counters, _ in figures)
+    report.peak_extra_bytes = max((c.peak_extra_bytes for c, _ in figures), default=0)
+    if is_set and pattern is not None and found.pattern not in (None, pattern):
+        raise UsageError(f"pattern {pattern!r} contradicts the set's {found.pattern!r}")
     _verified(report, found, is_set and (full or source is not None))
-    return phases.finish(report, main="read")
+    return phases.finish(report, main="read" if report.bytes_read else None)
 
 
 def _verified(report: Report, found: Verification, full: bool) -> None:

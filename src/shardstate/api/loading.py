@@ -13,10 +13,10 @@ from shardstate.api.planning import (
     RulesArgument,
     by_rule,
     describe_checkpoint,
-    memory_reads,
     open_path,
     padding_bytes,
     rank_plan,
+    reads_of,
     sizes_of,
     write_counted,
     write_planned,
@@ -24,16 +24,15 @@ from shardstate.api.planning import (
 from shardstate.catalog import Catalog
 from shardstate.checkpoint import Checkpoint
 from shardstate.digest import BLOCK_BYTES
+from shardstate.dtypes import DTYPES, numpy_dtype
 from shardstate.engine import Progress, execute
 from shardstate.errors import (
     DamageError,
+    DigestError,
     UsageError,
 )
-from shardstate.plan import (
-    Plan,
-)
 from shardstate.report import Phases, Problem, Report
-from shardstate.targets import MemoryTarget
+from shardstate.targets import MemoryTarget, StoredDigests, allocate
 
 _log = logging.getLogger("shardstate")
 
@@ -89,7 +88,7 @@ def inspect(
                 for t in catalog
             )
         report.bytes_meta = checkpoint.bytes_meta
-    return phases.finish(report, main="open")
+    return phases.finish(report, main=None)
 
 
 def plan(
@@ -109,12 +108,12 @@ def plan(
             report = describe_checkpoint(checkpoint)
         with phases("plan"):
             made = rank_plan(checkpoint, rank, tp, layout, rules, dtype)
-            reads = memory_reads(made.plan)
+            reads = reads_of([made.plan], threads=READ_THREADS)
             write_planned(report, [made.plan], reads, checkpoint)
             report.ranks = (rank,)
             report.topology = sizes_of(made.topology)
             report.by_rule = by_rule(made)
-    return phases.finish(report, main="plan")
+    return phases.finish(report, main=None)
 
 
 def load(
@@ -127,12 +126,17 @@ def load(
     dtype: str = "keep",
     pattern: str | None = None,
     verify: bool = False,
+    map: bool = False,  # noqa: A002
 ) -> dict[str, np.ndarray]:
     """Return the tensors of one rank: {name: array}; ml_dtypes for bfloat16 and float8.
 
-    Sub-byte types come packed, as flat arrays of uint8. From an ordinary checkpoint, `tp` says
-    among how many ranks it is shared, and only what `rank` needs is read. `verify` compares
-    digests while reading (sets of ours only) and raises `DamageError`.
+    Sub-byte types come packed, as flat arrays of uint8. Alias names share one array. From an
+    ordinary checkpoint, `tp` says among how many ranks it is shared, and only what `rank` needs is
+    read. `verify` compares digests while reading (sets of ours only) and raises `DamageError`.
+
+    `map` reads nothing: arrays lie over a private mapping of the rank's files (of sets, on a local
+    disk). Writing to them never reaches a file. Whoever truncates a mapped file kills the process
+    that touches it (SIGBUS); the other modes raise an error there.
     """
     return load_rank(
         path,
@@ -143,6 +147,7 @@ def load(
         dtype=dtype,
         pattern=pattern,
         verify=verify,
+        map=map,
     )[0]
 
 
@@ -156,10 +161,36 @@ def load_rank(
     dtype: str = "keep",
     pattern: str | None = None,
     verify: bool = False,
+    map: bool = False,  # noqa: A002
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> tuple[dict[str, np.ndarray], Report]:
     """Do what `load` does, and return the report as well."""
+    try:
+        return _load_rank(
+            path, rank, tp, layout, rules, dtype, pattern, verify, map, threads, progress
+        )
+    except DigestError as error:
+        if not verify:
+            raise
+        name = error.file or ""
+        problem = Problem(os.path.basename(name), error.tensor, str(error), "digest")
+        raise DamageError(str(error), file=name, report=Report(problems=(problem,))) from None
+
+
+def _load_rank(
+    path: str | os.PathLike[str],
+    rank: int,
+    tp: int | None,
+    layout: str,
+    rules: RulesArgument,
+    dtype: str,
+    pattern: str | None,
+    verify: bool,
+    map: bool,  # noqa: A002
+    threads: int | None,
+    progress: Progress | None,
+) -> tuple[dict[str, np.ndarray], Report]:
     phases = Phases()
     with open_path(path, pattern=pattern) as checkpoint:
         with phases("open"):
@@ -169,14 +200,24 @@ def load_rank(
                     f"{checkpoint.location}: no digests are recorded there, so nothing can be "
                     f"verified; leave verify out, or shard it"
                 )
+            if map and (checkpoint.catalog is not None or verify):
+                raise UsageError(
+                    f"{checkpoint.location}: map takes the files of a set as they are and reads "
+                    f"nothing; leave verify out, and shard an ordinary checkpoint first"
+                )
         with phases("plan"):
             made = rank_plan(checkpoint, rank, tp, layout, rules, dtype)
-            reads = memory_reads(made.plan)
+            reads = [] if map else reads_of([made.plan], threads=threads or READ_THREADS)
             write_planned(report, [made.plan], reads, checkpoint)
             report.ranks = (rank,)
             report.topology = sizes_of(made.topology)
         with phases("read"):
-            target = MemoryTarget(made.plan.tensors, digests=verify)
+            catalog = made.plan.catalog
+            arrays = _mapped(checkpoint, catalog) if map else allocate(made.plan.tensors)
+            digests = stored_digests(made.plan.catalog) if verify else None
+            target = MemoryTarget(
+                [array.reshape(-1).view(np.uint8) for array in arrays.values()], digests=digests
+            )
             counters = execute(
                 reads,
                 storage=checkpoint.storage,
@@ -186,18 +227,14 @@ def load_rank(
                 fills_memory=True,
             )
             write_counted(report, counters)
-            problems = _check_blocks(checkpoint, made.plan, target, rank) if verify else ()
+            problems = check_blocks(checkpoint, digests, rank) if digests is not None else ()
+            if checkpoint.kind == "shardstate":
+                for group in checkpoint.record(rank).aliases:
+                    arrays |= {name: arrays[group[0]] for name in group if group[0] in arrays}
         phases.finish(report, main="read")
     if verify:
         report.problems = problems
-    if problems:
-        first = problems[0]
-        raise DamageError(
-            f"{first.file}: {first.tensor}: {first.problem}"
-            f"{f' (and {len(problems) - 1} more)' if len(problems) > 1 else ''}",
-            file=first.file,
-            report=report,
-        )
+        raise_damage(report)
     if checkpoint.kind == "vllm":
         report.notes = (f"nothing vouches for the bytes of {checkpoint.location}",)
     mode = "recorded" if checkpoint.kind == "checkpoint" else "sharded"
@@ -215,23 +252,36 @@ def load_rank(
         report.gbps or 0.0,
         "yes" if verify else "no",
     )
-    return target.arrays, report
+    return arrays, report
 
 
-def _check_blocks(
-    checkpoint: Checkpoint, made: Plan, target: MemoryTarget, rank: int
-) -> tuple[Problem, ...]:
-    """Compare the digests of what was read with those of the rank's record."""
+def _mapped(checkpoint: Checkpoint, catalog: Catalog) -> dict[str, np.ndarray]:
+    """Return arrays over private mappings of the files of `catalog`."""
+    files = [checkpoint.storage.map(name) for name in catalog.files]
+    arrays: dict[str, np.ndarray] = {}
+    for row, tensor in enumerate(catalog):
+        raw = files[catalog.file[row]][tensor.begin : tensor.end]
+        dtype = DTYPES[tensor.dtype]
+        arrays[tensor.name] = raw if dtype.packed else raw.view(numpy_dtype(tensor.dtype))
+        if not dtype.packed:
+            arrays[tensor.name] = arrays[tensor.name].reshape(tensor.shape)
+    return arrays
+
+
+def stored_digests(catalog: Catalog) -> StoredDigests:
+    """Return what hashes the tensors of a rank while a plan reads all of them."""
+    return StoredDigests([catalog.nbytes(row) for row in range(len(catalog))])
+
+
+def check_blocks(checkpoint: Checkpoint, digests: StoredDigests, rank: int) -> tuple[Problem, ...]:
+    """Compare the digests of what was read, whole, with those of the rank's record."""
+    catalog = checkpoint.rank_catalog(rank)
     problems = []
     for entry in checkpoint.record(rank).files:
-        rows = [
-            row
-            for row in range(len(made.catalog))
-            if made.catalog.files[made.catalog.file[row]] == entry.name
-        ]
+        rows = np.flatnonzero(catalog.file == catalog.files.index(entry.name)).tolist()
         for row, expected in zip(rows, entry.blocks, strict=True):
-            tensor = made.catalog.tensor(row)
-            for number, (want, have) in enumerate(zip(expected, target.blocks(row), strict=True)):
+            tensor = catalog.tensor(row)
+            for number, (want, have) in enumerate(zip(expected, digests.blocks(row), strict=True)):
                 if want != have:
                     begin = tensor.begin + number * BLOCK_BYTES
                     problems.append(
@@ -246,3 +296,15 @@ def _check_blocks(
                         )
                     )
     return tuple(problems)
+
+
+def raise_damage(report: Report) -> None:
+    """Raise `DamageError` if `report` has problems."""
+    if not report.problems:
+        return
+    first, more = report.problems[0], len(report.problems) - 1
+    raise DamageError(
+        f"{first.file}: {first.tensor}: {first.problem}{f' (and {more} more)' if more else ''}",
+        file=first.file,
+        report=report,
+    )

@@ -8,17 +8,17 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import msgspec
-import numpy as np
 
 from shardstate.catalog import Tensors
 from shardstate.checkpoint import Checkpoint, open_checkpoint
 from shardstate.coalesce import Read, plan_reads
 from shardstate.digest import BLOCK_BYTES
-from shardstate.dtypes import CAST_NAMES
+from shardstate.dtypes import CAST_NAMES, DTYPES
 from shardstate.engine import Counters
 from shardstate.errors import (
     InputError,
@@ -54,6 +54,8 @@ from shardstate.storage.local import mapped_errors
 READ_THREADS = 2  # reach what a disk gives through the page cache
 PIECE_BYTES = BLOCK_BYTES  # so that pieces of contiguous tensors are whole digest blocks
 READ_BYTES = 2 * PIECE_BYTES
+MEMORY_BYTES = 256 << 20  # beyond the destination, for all threads together
+_GRAIN_BYTES = 64 << 10
 MAX_GAP_BYTES = 256 << 10  # a local disk reads over this as fast as it begins another request
 _MAX_RULES_BYTES = 16 << 20
 
@@ -231,22 +233,24 @@ def checked(made: Plan) -> Plan:
     return made
 
 
-def memory_reads(made: Plan) -> list[Read]:
-    return plan_reads(
-        [made],
-        in_dest_order=False,
-        piece_bytes=PIECE_BYTES,
-        read_bytes=READ_BYTES,
-        max_gap_bytes=MAX_GAP_BYTES,
-    )
+def reads_of(
+    plans: Sequence[Plan],
+    *,
+    threads: int,
+    in_dest_order: bool = False,
+    wanted: Sequence[frozenset[int]] | None = None,
+) -> list[Read]:
+    """Return the reads of `plans` for so many threads that their memory keeps to the budget.
 
-
-def file_reads(plans: Sequence[Plan], wanted: Sequence[frozenset[int]] | None) -> list[Read]:
+    A thread holds what it reads, and as much again when that is moved, cast or grows by a cast.
+    """
+    share = MEMORY_BYTES // (4 * threads)
+    read_bytes = min(READ_BYTES, max(share // _GRAIN_BYTES, 1) * _GRAIN_BYTES)
     return plan_reads(
         plans,
-        in_dest_order=True,
-        piece_bytes=PIECE_BYTES,
-        read_bytes=READ_BYTES,
+        in_dest_order=in_dest_order,
+        piece_bytes=min(PIECE_BYTES, read_bytes),
+        read_bytes=read_bytes,
         max_gap_bytes=MAX_GAP_BYTES,
         wanted=wanted,
     )
@@ -274,13 +278,9 @@ def write_planned(
 
 
 def write_counted(report: Report, counters: Counters) -> None:
-    """Put what an execution did in the place of what was planned, or add it to what is there."""
-    if report.phases is None and report.kind is None:
-        report.bytes_read = (report.bytes_read or 0) + counters.bytes_read
-        report.requests = (report.requests or 0) + counters.requests
-    else:
-        report.bytes_read, report.requests = counters.bytes_read, counters.requests
-    report.peak_extra_bytes = max(report.peak_extra_bytes or 0, counters.peak_extra_bytes)
+    """Put what an execution did in the place of what was planned."""
+    report.bytes_read, report.requests = counters.bytes_read, counters.requests
+    report.peak_extra_bytes = counters.peak_extra_bytes
 
 
 def by_rule(made: Made) -> tuple[Mapping[str, Any], ...] | None:
@@ -304,11 +304,10 @@ def nbytes_of(tensors: Tensors) -> int:
 
 
 def padding_bytes(padding: Mapping[str, Sequence[Any]], tensors: Tensors) -> int:
+    """Return the bytes of the boxes of `tensors` that hold no weights."""
     total = 0
     for name, boxes in padding.items():
         row = tensors.row[name]
-        whole = int(np.prod(tensors.shapes[row]))
-        for box in boxes:
-            elements = int(np.prod([end - begin for begin, end in box]))
-            total += tensors.nbytes(row) * elements // whole
+        bits = DTYPES[tensors.dtypes[row]].bits
+        total += sum(prod(end - begin for begin, end in box) * bits for box in boxes) // 8
     return total

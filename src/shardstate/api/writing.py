@@ -14,11 +14,11 @@ from shardstate.api.planning import (
     checked,
     checked_dtype,
     describe_checkpoint,
-    file_reads,
     kinds_of,
     local_path,
     nbytes_of,
     open_path,
+    reads_of,
     rules_of,
     sizes_of,
     write_counted,
@@ -80,6 +80,7 @@ def shard(
     figures and writes nothing.
     """
     phases = Phases()
+    threads = threads or WRITE_THREADS
     topology = Topology(tp)
     template = check_pattern(pattern or DEFAULT_PATTERN, tp=tp)
     max_part_bytes = parse_size(max_part_size)
@@ -131,7 +132,7 @@ def shard(
                 )
                 for rank, made in plans.items()
             }
-            reads = file_reads([*plans.values()], None)
+            reads = reads_of([*plans.values()], threads=threads, in_dest_order=True)
             report = describe_checkpoint(checkpoint)
             write_planned(report, [*plans.values()], reads, checkpoint)
             _describe_set(report, info, identifier, plans, parts)
@@ -158,10 +159,10 @@ def shard(
                     reads=reads,
                     report=report,
                     force=force,
-                    threads=threads or WRITE_THREADS,
+                    threads=threads,
                     progress=progress,
                 )
-    return phases.finish(report, main="plan" if dry_run else "write")
+    return phases.finish(report, main="write")
 
 
 def _describe_set(
@@ -222,7 +223,7 @@ def _write(
     if kept is None:
         report.notes = (f"{target.location} holds this set already; nothing was written",)
         report.bytes_read, report.requests, report.committed = 0, 0, True
-        report.peak_extra_bytes = 0
+        report.peak_extra_bytes = report.bytes_written = 0
         return
     ranks = sorted(kept)
     if any(kept.values()):
@@ -237,7 +238,9 @@ def _write(
     rest = [[part for part in parts[rank] if part.part not in kept[rank]] for rank in ranks]
     wanted = [frozenset(row for part in each for row in part.rows) for each in rest]
     if len(kept) < len(plans) or any(kept.values()):
-        reads = file_reads([plans[rank] for rank in ranks], wanted)
+        reads = reads_of(
+            [plans[rank] for rank in ranks], threads=threads, in_dest_order=True, wanted=wanted
+        )
     with FilesTarget(target, rest, finished) as outputs:
         counters = execute(
             reads,
@@ -248,6 +251,7 @@ def _write(
             fills_memory=False,
         )
     write_counted(report, counters)
+    report.bytes_written = sum(part.nbytes - len(part.header) for each in rest for part in each)
     if _identity(source, files) != identity:
         raise InputError(f"{source.location}: its files changed while they were read; run it again")
     for rank in ranks:

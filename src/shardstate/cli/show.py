@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,7 +19,9 @@ _OVERREAD = 1.05  # beyond this, say why more is read than wanted
 def print_report(command: str, arguments: Mapping[str, Any], report: Report) -> None:
     """Print what `command` returned."""
     # Rendered first: rich would turn a broken pipe into exit status 1, which means damage here.
-    console = Console(highlight=False, soft_wrap=True)
+    # Names are cut at the width of a terminal only; whoever reads a pipe wants them whole.
+    width = None if sys.stdout.isatty() else 10_000
+    console = Console(highlight=False, soft_wrap=True, width=width)
     with console.capture() as capture:
         _render(console, command, arguments, report)
     click.echo(capture.get(), nl=False)
@@ -160,8 +163,10 @@ def _shard(console: Console, arguments: Mapping[str, Any], report: Report) -> No
     if dry:
         console.print(f"would read {size(report.bytes_read)} and write {size(report.bytes)}")
         return
+    if not report.bytes_written:
+        return
     console.print(
-        f"read {size(report.bytes_read)}, wrote {size(report.bytes)} in "
+        f"read {size(report.bytes_read)}, wrote {size(report.bytes_written)} in "
         f"{_seconds(report, 'write')}: {report.gbps or 0:.2f} GB/s, digests included; "
         f"{size(report.peak_extra_bytes)} of memory"
     )
@@ -205,14 +210,14 @@ def _verify(console: Console, arguments: Mapping[str, Any], report: Report) -> N
                 f"{escape(problem.problem)}"
             )
         return
-    if arguments.get("against"):
+    if report.kind != "shardstate":
+        what = "the structure is sound"
+    elif arguments.get("against"):
         what = f"all digests agree, and every byte comes from {escape(str(arguments['against']))}"
     elif arguments.get("full"):
         what = "all digests agree"
-    elif report.kind == "shardstate":
-        what = "files, headers and records agree; --full hashes the data too"
     else:
-        what = "the structure is sound"
+        what = "files, headers and records agree; --full hashes the data too"
     console.print(f"[bold]{path}[/bold]: {what} ({looked}; {_seconds(report, 'read')})")
 
 

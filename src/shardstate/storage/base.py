@@ -6,10 +6,12 @@ come out as `StorageError`, what it holds as `InputError`; no foreign exception 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
+
+import numpy as np
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +32,11 @@ class Storage(Protocol):
         """Return the regular files directly below the root; a link to one counts as one."""
         ...
 
-    def walk(self) -> Iterator[Entry]:
-        """Yield the regular files of the root and of its folders, by name."""
+    def walk(self, wanted: Callable[[str], bool] = ...) -> Iterator[Entry]:
+        """Yield the regular files of the root and of its `wanted` folders, by name.
+
+        A folder that may not be read (`lost+found`, say) is passed over with a warning.
+        """
         ...
 
     def size(self, name: str) -> int:
@@ -47,6 +52,10 @@ class Storage(Protocol):
 
         All of them or `TruncatedFile`.
         """
+        ...
+
+    def map(self, name: str) -> np.ndarray:
+        """Return a file as writable bytes that never reach it; `UsageError` where none can be."""
         ...
 
     def close(self) -> None:

@@ -11,15 +11,21 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import logging
+import mmap
 import os
 import stat
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import PurePosixPath
+
+import numpy as np
 
 from shardstate.errors import InputError, PathNotFound, StorageError, TargetBusy, TruncatedFile
 from shardstate.names import lock_name, temporary_name
 from shardstate.storage.base import Entry
+
+_log = logging.getLogger("shardstate")
 
 _IOV_MAX = 1024
 _WRITEBACK_BYTES = 32 << 20  # start writing to the disk each time that much has been written
@@ -75,24 +81,34 @@ class LocalStorage:
                     found[item.name] = entry
         return dict(sorted(found.items()))
 
-    def walk(self) -> Iterator[Entry]:
-        return (entry for _, entry in self._walk(self._root, "") if entry is not None)
+    def walk(self, wanted: Callable[[str], bool] = lambda _name: True) -> Iterator[Entry]:
+        return (entry for _, entry in self._walk(self._root, "", wanted) if entry is not None)
 
     def strays(self) -> list[str]:
-        return [name for name, entry in self._walk(self._root, "") if entry is None]
+        found = self._walk(self._root, "", lambda _name: True)
+        return [name for name, entry in found if entry is None]
 
-    def _walk(self, folder: int, prefix: str) -> Iterator[tuple[str, Entry | None]]:
+    def _walk(
+        self, folder: int, prefix: str, wanted: Callable[[str], bool]
+    ) -> Iterator[tuple[str, Entry | None]]:
         with mapped_errors("list", self._path(prefix)), os.scandir(folder) as listing:
             items = sorted(listing, key=lambda item: item.name)
         for item in items:
             name = prefix + item.name
             if item.is_dir(follow_symlinks=False):
-                with mapped_errors("open", self._path(name), name=name):
+                if not wanted(name):
+                    continue
+                try:
                     below = os.open(
                         item.name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=folder
                     )
+                except OSError as error:
+                    _log.warning(
+                        "shardstate: %s: passed over: %s", self._path(name), error.strerror
+                    )
+                    continue
                 try:
-                    yield from self._walk(below, name + "/")
+                    yield from self._walk(below, name + "/", wanted)
                 finally:
                     os.close(below)
             else:
@@ -130,6 +146,13 @@ class LocalStorage:
                 )
             at += count
             pending = _rest(pending, count)
+
+    def map(self, name: str) -> np.ndarray:
+        fd = self._fd(name)
+        if not os.fstat(fd).st_size:
+            return np.empty(0, dtype=np.uint8)
+        with mapped_errors("map", self._path(name), name=name):
+            return np.frombuffer(mmap.mmap(fd, 0, access=mmap.ACCESS_COPY), dtype=np.uint8)
 
     def close(self) -> None:
         with self._lock:
@@ -256,6 +279,7 @@ class LocalStorage:
                 if create:
                     with contextlib.suppress(FileExistsError):
                         os.mkdir(folder, dir_fd=fd)
+                        os.fsync(fd)
                 below = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=fd)
                 os.close(fd)
                 fd = below

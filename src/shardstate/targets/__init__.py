@@ -3,6 +3,15 @@
 from shardstate.targets.base import Target
 from shardstate.targets.check import CompareTarget, DigestTarget
 from shardstate.targets.files import FilesTarget
-from shardstate.targets.memory import MemoryTarget
+from shardstate.targets.hashing import StoredDigests
+from shardstate.targets.memory import MemoryTarget, allocate
 
-__all__ = ["CompareTarget", "DigestTarget", "FilesTarget", "MemoryTarget", "Target"]
+__all__ = [
+    "CompareTarget",
+    "DigestTarget",
+    "FilesTarget",
+    "MemoryTarget",
+    "StoredDigests",
+    "Target",
+    "allocate",
+]

@@ -44,6 +44,17 @@ def moved(piece: Piece, read: Read, staged: np.ndarray | None) -> np.ndarray:
     return _cast(piece, values).reshape(-1).view(np.uint8)
 
 
+def spread(piece: Piece, values: np.ndarray, around: np.ndarray) -> np.ndarray:
+    """Return a copy of `around`, the bytes from a piece's first to its last, with `values` in."""
+    found = around.copy()
+    width = DTYPES[piece.dest_dtype].itemsize
+    sizes = [loop[0] for loop in piece.move.loops]
+    strides = [loop[2] * width for loop in piece.move.loops]
+    goal: np.ndarray = np.ndarray(sizes, dtype=f"u{width}", buffer=found.data, strides=strides)
+    goal[...] = values.view(goal.dtype).reshape(sizes)
+    return found
+
+
 def transfer(piece: Piece, read: Read, staged: np.ndarray | None, memory: np.ndarray) -> None:
     """Put what `piece` brings into the tensor whose bytes are `memory`."""
     origin, offset = _origin(piece, read, staged)

@@ -11,8 +11,9 @@ import numpy as np
 from shardstate.catalog import Catalog, Tensors
 from shardstate.coalesce import Piece, Read
 from shardstate.digest import BLOCK_BYTES
+from shardstate.dtypes import DTYPES
 from shardstate.storage import Storage
-from shardstate.targets.base import moved
+from shardstate.targets.base import moved, spread
 from shardstate.targets.hashing import TensorHasher
 
 
@@ -69,13 +70,15 @@ class CompareTarget:
         for piece in read.pieces:
             tensors, catalog = self._stored[piece.slot]
             tensor = catalog.tensor(catalog.row[tensors.names[piece.dest]])
-            run = piece.dest_run
-            assert run is not None, "tensors of a set are written in runs"
-            have = np.empty(run[1] - run[0], dtype=np.uint8)
-            self._storage.read_into(tensor.file, tensor.begin + run[0], [have.data])
+            width = DTYPES[piece.dest_dtype].itemsize
+            begin, end = piece.move.dest * width, piece.move.dest_region.end * width
+            have = np.empty(end - begin, dtype=np.uint8)
+            self._storage.read_into(tensor.file, tensor.begin + begin, [have.data])
             want = moved(piece, read, staged)
+            if piece.dest_run is None:  # what lies between its elements is another piece's
+                want = spread(piece, want, have)
             if not np.array_equal(want, have):
-                self._note(piece, np.flatnonzero(want != have) + run[0])
+                self._note(piece, np.flatnonzero(want != have) + begin)
             with self._lock:
                 self.bytes_read += len(have)
 

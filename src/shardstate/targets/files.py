@@ -28,6 +28,11 @@ class _Open:
         self.hashers = [TensorHasher(e - b) for b, e in zip(part.begins, ends, strict=True)]
         self.remaining = part.nbytes
 
+    def stop(self) -> None:
+        """Let every thread that waits for earlier bytes give up."""
+        for hasher in self.hashers:
+            hasher.stop()
+
 
 class FilesTarget:
     """Writes the parts of several ranks at once; `finished` hears of each that became visible.
@@ -46,6 +51,7 @@ class FilesTarget:
         self._storage, self._parts, self._finished = storage, parts, finished
         self._lock = threading.Lock()
         self._open: dict[str, _Open] = {}
+        self._stopped = False
         # Row of a slot's tensors → its part, the tensor's number in it, its first byte.
         self._places = [
             {
@@ -95,9 +101,11 @@ class FilesTarget:
             self._write(opened, begin, pending)
 
     def stop(self) -> None:
-        for opened in list(self._open.values()):
-            for hasher in opened.hashers:
-                hasher.stop()
+        with self._lock:
+            self._stopped = True
+            opened = list(self._open.values())
+        for part in opened:
+            part.stop()
 
     def _opened(self, part: PartFile) -> _Open:
         with self._lock:
@@ -105,6 +113,8 @@ class FilesTarget:
                 return opened
             opened = _Open(part, self._storage.create(part.name, part.nbytes))
             self._open[part.name] = opened
+            if self._stopped:  # nobody will bring the bytes that others wait for
+                opened.stop()
         self._write(opened, 0, [memoryview(part.header)])
         return opened
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 
 import numpy as np
 from blake3 import blake3
 
+from shardstate.coalesce import Piece
 from shardstate.digest import BLOCK_BYTES, block_count
 
 
@@ -66,6 +68,26 @@ class TensorHasher:
         found = tuple(block for block in self._blocks if block is not None)
         assert len(found) == len(self._blocks), "digests asked for before all bytes arrived"
         return found
+
+
+class StoredDigests:
+    """Block digests of source tensors that a plan reads whole and once, row by row."""
+
+    def __init__(self, nbytes: Sequence[int]) -> None:
+        self._hashers = [TensorHasher(each) for each in nbytes]
+
+    def update(self, piece: Piece, arrived: np.ndarray) -> None:
+        """Hash the bytes that `piece` took from its file."""
+        self._hashers[piece.source].update(piece.begin - piece.base, arrived)
+
+    def stop(self) -> None:
+        """Let every thread that waits give up."""
+        for hasher in self._hashers:
+            hasher.stop()
+
+    def blocks(self, row: int) -> tuple[str, ...]:
+        """Return the digests of one source tensor's blocks, once all of it has arrived."""
+        return self._hashers[row].blocks()
 
 
 # One for all tensors: threads wait rarely, and a model has tens of thousands of tensors.

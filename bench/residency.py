@@ -1,0 +1,52 @@
+"""Puts files into the page cache, or out of it, and proves it."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def resident(files: Sequence[Path]) -> float:
+    """Return the share of the files' pages that is in the page cache (mincore)."""
+    pages = found = 0
+    for file in files:
+        size = file.stat().st_size
+        with open(file, "rb") as opened:
+            view = mmap.mmap(opened.fileno(), size, prot=mmap.PROT_READ | mmap.PROT_WRITE,
+                             flags=mmap.MAP_PRIVATE)  # fmt: skip
+        count = -(-size // mmap.PAGESIZE)
+        vector = (ctypes.c_ubyte * count)()
+        start = ctypes.c_char.from_buffer(view)
+        address = ctypes.c_void_p(ctypes.addressof(start))
+        if _libc.mincore(address, ctypes.c_size_t(size), vector):
+            raise OSError(ctypes.get_errno(), "mincore")
+        del start
+        view.close()
+        pages += count
+        found += sum(byte & 1 for byte in bytes(vector))
+    return found / max(1, pages)
+
+
+def warm(files: Sequence[Path]) -> None:
+    """Read the files; raise unless they are in the page cache then."""
+    for file in files:
+        with open(file, "rb", buffering=0) as opened:
+            while opened.read(8 << 20):
+                pass
+    if (share := resident(files)) < 0.999:
+        raise RuntimeError(f"only {share:.1%} of the files stayed in the page cache")
+
+
+def cold(files: Sequence[Path]) -> None:
+    """Drop the files from the page cache; raise unless they are gone then."""
+    for file in files:
+        with open(file, "rb") as opened:
+            os.fsync(opened.fileno())
+            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if (share := resident(files)) > 0.001:
+        raise RuntimeError(f"{share:.1%} of the files stayed in the page cache")

@@ -1,0 +1,181 @@
+"""`save_model`: one rank of a module, from its own process, into a set that others write too."""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import time
+from collections.abc import Mapping
+
+import torch
+
+from shardstate.api import MAX_PART_SIZE, parse_size
+from shardstate.api.planning import local_path, nbytes_of, reads_of, sizes_of
+from shardstate.api.writing import WRITE_THREADS
+from shardstate.commit import SetWriter
+from shardstate.engine import Progress, execute
+from shardstate.errors import InputError, TargetBusy, UsageError
+from shardstate.manifest import PartEntry, SetInfo, Sizes
+from shardstate.names import check_pattern, default_pattern
+from shardstate.parts import PartFile, plan_parts
+from shardstate.plan import bytes_wanted
+from shardstate.report import Phases, Report
+from shardstate.sharding import Topology
+from shardstate.storage import LocalStorage
+from shardstate.targets import FilesTarget
+from shardstate.torch.aliases import equal_groups, filter_subtensors
+from shardstate.torch.ranks import Place, broadcast_id, place_of
+from shardstate.torch.tensors import TensorStorage, plan_tensors
+
+_COMMIT_LOCK = -1  # no rank's: who commits holds it
+_COMMIT_SECONDS = 60.0  # a commit reads records and writes one small file
+_SAVE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+
+def save_model(
+    model: torch.nn.Module | Mapping[str, torch.Tensor],
+    path: str | os.PathLike[str],
+    *,
+    rank: int | None = None,
+    tp: int | None = None,
+    pp_rank: int | None = None,
+    pp: int | None = None,
+    pattern: str | None = None,
+    max_part_size: int | str = MAX_PART_SIZE,
+    save_id: str | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Save the state dict of one rank of `model` under `path`; the last rank commits the set.
+
+    `rank` is the tensor-parallel rank. Where rank and sizes are not given they are those of the
+    process group, if one is initialised, else rank 0 of 1. Every rank may save from its own
+    process, at the same time. Of tensors that share memory one is stored (`filter_subtensors`).
+
+    `save_id` names this generation of the set: rank 0's random one inside torch.distributed, a
+    random one where there is a single rank; elsewhere give one that is new, and equal on all ranks.
+    `ValueError` (`UsageError`) where it is missing, malformed, or there already for this rank.
+    """
+    phases = Phases()
+    with phases("plan"):
+        place = place_of(rank=rank, tp=tp, pp_rank=pp_rank, pp=pp)
+        topology = Topology(place.tp, place.pp)
+        template = check_pattern(
+            pattern or default_pattern(topology), tp=topology.tp, pp=topology.pp
+        )
+        identifier = _checked_id(save_id, place)
+        state = model.state_dict() if isinstance(model, torch.nn.Module) else dict(model)
+        tensors = {
+            # Lazily conjugated or negated memory holds other values than the tensor.
+            name: value.detach().resolve_conj().resolve_neg()
+            for name, value in state.items()
+            if isinstance(value, torch.Tensor)
+        }
+        if others := sorted(set(state) - set(tensors)):
+            raise InputError(
+                f"{', '.join(others)}: no tensors (extra state of a module?); such modules cannot "
+                f"be stored as safetensors",
+                tensor=others[0],
+            )
+        if lost := sorted(name for name, tensor in tensors.items() if tensor.is_meta):
+            raise InputError(f"{lost[0]}: is on the meta device and has no bytes", tensor=lost[0])
+        kept = filter_subtensors(tensors)
+        plan = plan_tensors(kept)
+        info = SetInfo(
+            topology=Sizes(topology.tp, topology.pp),
+            layout="rules",
+            stage="model",
+            pattern=template.text,
+            dtype="keep",
+        )
+        parts = plan_parts(
+            plan.tensors,
+            rank=place.index,
+            set_id=identifier,
+            pattern=template,
+            max_part_bytes=parse_size(max_part_size),
+        )
+        reads = reads_of([plan], threads=WRITE_THREADS, in_dest_order=True)
+        report = _planned(place, topology, identifier, info, parts)
+        report.bytes, report.bytes_wanted = nbytes_of(plan.tensors), bytes_wanted([plan])
+        report.tensors = len(plan.tensors)
+    with phases("write"), LocalStorage(local_path(path), create=True) as target:
+        with target.lock(rank=place.index):
+            writer = SetWriter(
+                target, set_id=identifier, info=info, companions=(), source_identity=()
+            )
+            writer.begin_rank(place.index)
+            entries: dict[int, PartEntry] = {}
+            with FilesTarget(
+                target, [parts], lambda part, entry: entries.__setitem__(part.part, entry)
+            ) as outputs:
+                counters = execute(
+                    reads,
+                    storage=TensorStorage(kept),
+                    target=outputs,
+                    threads=WRITE_THREADS,
+                    progress=progress,
+                    fills_memory=False,
+                )
+            writer.finish_rank(
+                place.index,
+                [entries[part.part] for part in parts],
+                padding={},
+                provenance=None,
+                aliases=equal_groups(tensors),
+            )
+            lacking = _commit(target, writer)
+    report.bytes_read, report.requests = counters.bytes_read, counters.requests
+    report.peak_extra_bytes = counters.peak_extra_bytes
+    report.committed = not lacking
+    if lacking:
+        report.notes = (f"committed when ranks {', '.join(map(str, lacking))} are saved too",)
+    return phases.finish(report, main="write")
+
+
+def _commit(target: LocalStorage, writer: SetWriter) -> tuple[int, ...]:
+    """Commit, one rank at a time: two would write the manifest under one temporary name."""
+    give_up = time.monotonic() + _COMMIT_SECONDS
+    while True:
+        try:
+            with target.lock(rank=_COMMIT_LOCK):
+                return writer.commit(shared=True)
+        except TargetBusy:
+            if time.monotonic() > give_up:
+                raise
+            time.sleep(0.01)
+
+
+def _checked_id(save_id: str | None, place: Place) -> str:
+    if save_id is None:
+        if place.group:
+            return broadcast_id()
+        if place.world == 1:
+            return secrets.token_hex(16)
+        raise UsageError(
+            f"save_id is missing: {place.world} ranks outside torch.distributed cannot agree on "
+            f"one; give all of them the same new one"
+        )
+    if not _SAVE_ID.fullmatch(save_id):
+        raise UsageError(f"save_id {save_id!r}: expected 1 to 64 of A-Z a-z 0-9 . _ -")
+    return save_id
+
+
+def _planned(
+    place: Place, topology: Topology, identifier: str, info: SetInfo, parts: list[PartFile]
+) -> Report:
+    files = tuple({"name": p.name, "bytes": p.nbytes, "rank": place.index} for p in parts)
+    return Report(
+        kind="shardstate",
+        layout=info.layout,
+        stage=info.stage,
+        set=identifier,
+        topology=sizes_of(topology),
+        ranks=(place.index,),
+        file_list=files,
+        files=len(files),
+        padding_bytes=0,
+        bytes_meta=0,
+        materialised=0,
+        materialised_bytes=0,
+    )
