@@ -1,6 +1,6 @@
 """How fast do 2 GB get into the parameters of a module, and out of them?
 
-Load: beside `safe_open` + `copy_` (what vLLM's loader does) and `load_file` + `copy_`, warm and cold,
+Load: beside `safe_open` + `copy_` (as in vLLM) and `load_file` + `copy_`, warm and cold,
 into parameters that were written before: touching memory for the first time is slow here, and no
 part of reading. Residency is proven by mincore. Save: beside `safetensors.torch.save_file` + fsync
 of the same tensors. Rounds are interleaved; figures are medians of seconds; the last round is

@@ -36,11 +36,14 @@ ORDER = [
     "engine",
     "checkpoint",
     "commit",
+    "findings",
+    "against",
     "verify",
     "api",
     "__init__",
     "torch",
     "cli",
+    "__main__",
 ]
 PURE = {
     "errors", "dtypes", "layout", "sharding", "header", "catalog", "digest", "plan", "compose",

@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -230,3 +232,11 @@ def test_the_rules_of_the_readme_split_as_the_built_in_table_does(checkpoint, tm
         assert {n: a.tobytes() for n, a in by_readme.items()} == {
             n: a.tobytes() for n, a in by_table.items()
         }
+
+
+def test_the_demo_runs(tmp_path):
+    script = Path(__file__).parent.parent / "examples" / "demo.py"
+    command = [sys.executable, script, "--tp", "2", "--out", tmp_path / "demo"]
+    found = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "verified: every byte of 208 tensors comes from the source" in found.stdout
+    assert [line.split()[0] for line in found.stdout.splitlines()[-2:]] == ["0", "1"]

@@ -176,9 +176,9 @@ class Checkpoint:
 
     def header(self, name: str) -> tuple[int, Header, bytes]:
         """Return size, header and the header's bytes (prefix included) of a safetensors file."""
-        size, raw = read_header_bytes(self.storage, name)
+        size, header, raw = read_header(self.storage, name)
         self.bytes_meta += len(raw)
-        return size, parse_header(raw[PREFIX_BYTES:], file=name, file_bytes=size), raw
+        return size, header, raw
 
     def config(self) -> dict[str, Any] | None:
         """Return the model's `config.json`, or None where there is none."""
@@ -244,6 +244,17 @@ def _check_padding(record: Record, catalog: Catalog) -> None:
                     file=name,
                     tensor=tensor,
                 )
+
+
+def read_header(storage: Storage, name: str) -> tuple[int, Header, bytes]:
+    """Return size, header and the header's bytes (prefix included) of a safetensors file."""
+    size, raw = read_header_bytes(storage, name)
+    return size, parse_header(raw[PREFIX_BYTES:], file=name, file_bytes=size), raw
+
+
+def mark_of(header: Header) -> str | None:
+    """Return the set that a rank file of ours says it is of; None for any other file."""
+    return header.metadata.get("set", "") if "shardstate" in header.metadata else None
 
 
 def read_header_bytes(storage: Storage, name: str) -> tuple[int, bytes]:
@@ -384,7 +395,7 @@ def ordinary_files(storage: Storage, names: Collection[str]) -> Ordinary:
 
 def refuse_unlisted(name: str, header: Header) -> None:
     """Raise `SetError` for a file that carries the mark of a set where no record is."""
-    if "shardstate" in header.metadata:
+    if mark_of(header) is not None:
         raise SetError(
             f"{name}: is a file of a shardstate set, and no record lists it: what wrote it was "
             f"interrupted; run it again",

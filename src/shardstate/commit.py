@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from shardstate.checkpoint import read_header_bytes
+from shardstate.checkpoint import mark_of, read_header, read_header_bytes
 from shardstate.digest import digest_of
 from shardstate.errors import (
     InputError,
@@ -24,7 +24,6 @@ from shardstate.errors import (
     TargetError,
     UsageError,
 )
-from shardstate.header import PREFIX_BYTES, parse_header
 from shardstate.manifest import (
     MAX_JSON_BYTES,
     VERSION,
@@ -409,11 +408,9 @@ class SetWriter:
         if not name.endswith(".safetensors"):
             return None
         try:
-            size, raw = read_header_bytes(self._storage, name)
-            header = parse_header(raw[PREFIX_BYTES:], file=name, file_bytes=size)
+            return mark_of(read_header(self._storage, name)[1])
         except InputError:
             return None
-        return header.metadata.get("set") if "shardstate" in header.metadata else None
 
     def _complete(self, found: _Found, parts: Mapping[int, Sequence[PartFile]]) -> set[int]:
         """Return the ranks whose record and files are there, as this run would write them."""

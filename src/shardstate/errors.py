@@ -13,7 +13,8 @@
     │   ├── NotNested               strides that plans cannot intersect or compose
     │   ├── PlanError               a plan leaves elements undefined, or writes them twice
     │   ├── SetError                manifest, records and files of a set do not agree
-    │   │   └── DigestError         a file of a set has another digest than is recorded
+    │   │   ├── DigestError         a file of a set has another digest than is recorded
+    │   │   └── MisplacedError      a file of a set is another rank's
     │   ├── LoadError               stored tensors do not fit a module
     │   └── TargetError             the place to write to holds something else
     ├── DamageError (ValueError)    bytes differ from their recorded digests
@@ -118,6 +119,10 @@ class SetError(InputError):
 
 class DigestError(SetError):
     """A file of a set has another digest than is recorded for it."""
+
+
+class MisplacedError(SetError):
+    """A file of a set is another rank's, under this rank's name."""
 
 
 class LoadError(InputError):

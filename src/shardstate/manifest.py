@@ -14,7 +14,7 @@ import msgspec
 
 from shardstate.catalog import is_file_name
 from shardstate.digest import digest_of
-from shardstate.errors import DigestError, SetError, UsageError
+from shardstate.errors import DigestError, MisplacedError, SetError, UsageError
 from shardstate.names import check_pattern, is_relative_path, provenance_name, record_name
 from shardstate.sharding import MAX_RANKS, Topology
 
@@ -248,7 +248,7 @@ def parse_record(data: bytes, *, file: str, rank: int) -> Record:
     info = decode(data, SetInfo, file=file)
     _check_info(info, file=file)
     if rest.rank != rank or rank >= info.shape.world:
-        raise SetError(
+        raise MisplacedError(
             f"{file}: is the record of rank {rest.rank} of {info.shape.world}, expected rank "
             f"{rank}; files were swapped or renamed",
             file=file,

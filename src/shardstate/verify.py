@@ -6,29 +6,33 @@ All problems are collected; only what makes checking impossible is raised.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 
-from shardstate.catalog import Catalog, Tensors, catalog_of, merge_catalogs
+from shardstate.against import compare_with_source
+from shardstate.catalog import Catalog, catalog_of
 from shardstate.checkpoint import (
     Checkpoint,
     blocks_fit,
     find_parts,
+    mark_of,
     ordinary_files,
-    read_header_bytes,
+    read_header,
     refuse_unlisted,
 )
 from shardstate.digest import BLOCK_BYTES, digest_of, rank_file_digest
 from shardstate.errors import (
     CatalogError,
     InputError,
+    MisplacedError,
     PathNotFound,
     SetError,
     TruncatedFile,
     UsageError,
 )
-from shardstate.header import PREFIX_BYTES, Header, parse_header
+from shardstate.findings import Execute, SoundPart, Verification, remedy
+from shardstate.header import Header
 from shardstate.manifest import (
     MAX_JSON_BYTES,
     Manifest,
@@ -47,58 +51,10 @@ from shardstate.names import (
     record_name,
     record_rank,
 )
-from shardstate.plan import Plan, make_plan, plan_identity
-from shardstate.provenance import parse_provenance
+from shardstate.plan import plan_identity
 from shardstate.report import Problem
 from shardstate.storage import Storage
-from shardstate.targets import CompareTarget, DigestTarget
-
-# Carries out plans that read from a storage; the last argument limits each to some rows.
-Execute = Callable[
-    [Sequence[Plan], Storage, DigestTarget | CompareTarget, Sequence[frozenset[int]] | None], None
-]
-
-
-@dataclass
-class Verification:
-    """What was looked at and what was found."""
-
-    problems: list[Problem] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    files: list[tuple[str, int, int | None]] = field(default_factory=list)  # name, bytes, rank
-    tensors: int = 0
-    bytes: int = 0  # of tensors
-    bytes_meta: int = 0
-    manifest: Manifest | None = None
-    records: dict[int, Record] = field(default_factory=dict)
-
-    @property
-    def pattern(self) -> str | None:
-        """The pattern of rank files that the set says."""
-        infos = [record.info for record in self.records.values()]
-        infos += [self.manifest.info] if self.manifest is not None else []
-        return infos[-1].pattern if infos else None
-
-    def add(
-        self,
-        kind: str,
-        file: str,
-        problem: str,
-        *,
-        tensor: str | None = None,
-        begin: int | None = None,
-        end: int | None = None,
-    ) -> None:
-        self.problems.append(Problem(file, tensor, problem, kind, begin, end))
-
-
-@dataclass
-class _Part:
-    """A rank file whose header fits its record."""
-
-    entry: PartEntry
-    rank: int
-    catalog: Catalog
+from shardstate.targets import DigestTarget
 
 
 def verify_structure(
@@ -133,12 +89,11 @@ def verify_structure(
         files, absent = [(name, None) for name in ordinary.files], ordinary.absent
         weight_map, found.bytes_meta = ordinary.weight_map, ordinary.bytes_meta
     for name in absent:
-        found.add("missing", name, f"is missing; {_remedy(name)}")
+        found.add("missing", name, f"is missing; {remedy(name)}")
     headers: list[tuple[str, int, Header]] = []
     for name, rank in files:
         try:
-            size, raw = read_header_bytes(storage, name)
-            header = parse_header(raw[PREFIX_BYTES:], file=name, file_bytes=size)
+            size, header, raw = read_header(storage, name)
         except InputError as error:
             _add_error(found, name, error)
             continue
@@ -186,7 +141,7 @@ def verify_set(
             f"{storage.location}: rank {max(chosen)} is out of range; the set has "
             f"ranks 0 to {world - 1}"
         )
-    parts: list[_Part] = []
+    parts: list[SoundPart] = []
     for rank in chosen:
         record = _record(storage, found, rank, manifest)
         if record is None:
@@ -201,7 +156,7 @@ def verify_set(
     if full:
         _digests(storage, found, parts, execute)
     if source is not None:
-        _against(storage, found, parts, source, execute)
+        compare_with_source(storage, found, parts, source, execute)
     return found
 
 
@@ -209,15 +164,17 @@ def _add_error(found: Verification, name: str, error: Exception) -> None:
     tensor = getattr(error, "tensor", None)
     match error:
         case PathNotFound():
-            found.add("missing", name, f"is missing: {_remedy(name)}", tensor=tensor)
+            found.add("missing", name, f"is missing: {remedy(name)}", tensor=tensor)
         case TruncatedFile():
-            found.add("size", name, str(error), tensor=tensor)
+            found.add("size", name, _said(error), tensor=tensor)
         case _:
-            found.add("header", name, str(error), tensor=tensor)
+            found.add("header", name, _said(error), tensor=tensor)
 
 
-def _remedy(name: str) -> str:
-    return f"copy {name} again, or shard again with --force"
+def _said(error: Exception) -> str:
+    """Return an error's message without the file, which a problem names by itself."""
+    text, name = str(error), getattr(error, "file", None)
+    return text.removeprefix(f"{name}: ") if name else text
 
 
 def _manifest(storage: Storage, found: Verification) -> Manifest | None:
@@ -226,7 +183,7 @@ def _manifest(storage: Storage, found: Verification) -> Manifest | None:
     try:
         found.manifest = parse_manifest(data, file=MANIFEST)
     except SetError as error:
-        found.add("digest", MANIFEST, str(error))
+        found.add("digest", MANIFEST, _said(error))
     found.files.append((MANIFEST, len(data), None))
     return found.manifest
 
@@ -257,7 +214,7 @@ def _record(
         record = parse_record(data, file=name, rank=rank)
     except SetError as error:
         # A sound record of another rank under this name was put in the wrong place.
-        found.add("rank" if "swapped" in str(error) else "digest", name, str(error))
+        found.add("rank" if isinstance(error, MisplacedError) else "digest", name, _said(error))
         return None
     if manifest is None:
         return record
@@ -265,23 +222,23 @@ def _record(
         found.add(
             "stale",
             name,
-            f"is of set {record.set}, the manifest of {manifest.set}; {_remedy(name)}",
+            f"is of set {record.set}, the manifest of {manifest.set}; {remedy(name)}",
         )
         return None
     if not record.info.agrees(manifest.info):
-        found.add("stale", name, f"does not say what {MANIFEST} says of the set; {_remedy(name)}")
+        found.add("stale", name, f"does not say what {MANIFEST} says of the set; {remedy(name)}")
         return None
     listed = next(entry for entry in manifest.files if entry.name == name)
     if listed.digest != digest_of(data):
         found.add(
             "digest",
             name,
-            f"has digest {digest_of(data)}, the manifest says {listed.digest}; {_remedy(name)}",
+            f"has digest {digest_of(data)}, the manifest says {listed.digest}; {remedy(name)}",
         )
     return record
 
 
-def _parts(storage: Storage, found: Verification, record: Record) -> list[_Part]:
+def _parts(storage: Storage, found: Verification, record: Record) -> list[SoundPart]:
     """Return the rank files whose size and header are sound; add the problems of the others."""
     parts = []
     for number, entry in enumerate(record.files):
@@ -292,8 +249,7 @@ def _parts(storage: Storage, found: Verification, record: Record) -> list[_Part]
             _add_error(found, name, error)
             continue
         try:
-            _, raw = read_header_bytes(storage, name)
-            header = parse_header(raw[PREFIX_BYTES:], file=name, file_bytes=size)
+            _, header, raw = read_header(storage, name)
         except InputError as error:
             if size == entry.bytes:
                 _add_error(found, name, error)
@@ -304,21 +260,21 @@ def _parts(storage: Storage, found: Verification, record: Record) -> list[_Part]
         found.files.append((name, size, record.rank))
         if digest_of(raw) != entry.header:
             kind, text = _misplaced(header, record, number)
-            found.add(kind, name, f"{text}; {_remedy(name)}", begin=0, end=len(raw))
+            found.add(kind, name, f"{text}; {remedy(name)}", begin=0, end=len(raw))
             continue
         if size != entry.bytes:
             _add_size(found, name, size, entry.bytes)
             continue
         own = record_name(record.rank)
         if not blocks_fit(entry, header):
-            found.add("digest", own, f"its digests do not fit {name}; {_remedy(own)}")
+            found.add("digest", own, f"its digests do not fit {name}; {remedy(own)}")
             continue
         if rank_file_digest(entry.header, entry.blocks) != entry.digest:
-            found.add("digest", own, f"its digests of {name} contradict each other; {_remedy(own)}")
+            found.add("digest", own, f"its digests of {name} contradict each other; {remedy(own)}")
         catalog = catalog_of([(name, size, header)], weight_map=None)
         found.tensors += len(catalog)
         found.bytes += size - header.data_begin
-        parts.append(_Part(entry, record.rank, catalog))
+        parts.append(SoundPart(entry, record.rank, catalog))
     return parts
 
 
@@ -326,7 +282,7 @@ def _add_size(found: Verification, name: str, size: int, expected: int) -> None:
     found.add(
         "size",
         name,
-        f"has {size} bytes, expected {expected}; {_remedy(name)}",
+        f"has {size} bytes, expected {expected}; {remedy(name)}",
         begin=min(size, expected),
         end=max(size, expected),
     )
@@ -334,11 +290,11 @@ def _add_size(found: Verification, name: str, size: int, expected: int) -> None:
 
 def _misplaced(header: Header, record: Record, number: int) -> tuple[str, str]:
     """Tell a header that belongs to another rank, part or set from a damaged one."""
-    said = header.metadata
-    if "shardstate" in said and said.get("set") != record.set:
-        return "stale", f"is of set {said.get('set')}, expected {record.set}"
-    place = said.get("rank"), said.get("part")
-    if "shardstate" in said and place != (str(record.rank), str(number)):
+    mark = mark_of(header)
+    if mark not in (None, record.set):
+        return "stale", f"is of set {mark}, expected {record.set}"
+    place = header.metadata.get("rank"), header.metadata.get("part")
+    if mark is not None and place != (str(record.rank), str(number)):
         return "rank", (
             f"is part {place[1]} of rank {place[0]}, expected part {number} of rank "
             f"{record.rank}: files were swapped"
@@ -390,7 +346,7 @@ def _small(
     found.bytes_meta += len(data)
     found.files.append((name, size, rank))
     if (is_ := digest_of(data)) != digest:
-        found.add("digest", name, f"has digest {is_}, expected {digest}; {_remedy(name)}")
+        found.add("digest", name, f"has digest {is_}, expected {digest}; {remedy(name)}")
 
 
 def _cross_check(found: Verification, manifest: Manifest) -> None:
@@ -437,17 +393,16 @@ def _unlisted(storage: Storage, found: Verification, manifest: Manifest | None) 
             continue
         if name.endswith(".safetensors"):
             try:
-                size, raw = read_header_bytes(storage, name)
-                marks = parse_header(raw[PREFIX_BYTES:], file=name, file_bytes=size).metadata
+                mark = mark_of(read_header(storage, name)[1])
             except InputError:
-                marks = {}
-            if "shardstate" in marks and marks.get("set") != set_id:
+                mark = None
+            if mark not in (None, set_id):
                 found.add(
                     "stale",
                     name,
-                    f"is of set {marks.get('set')}, and no record lists it; remove it",
+                    f"is of set {mark}, and no record lists it; remove it",
                 )
-            elif "shardstate" in marks or any(p.parse(name) is not None for p in patterns):
+            elif mark is not None or any(p.parse(name) is not None for p in patterns):
                 found.add("extra", name, "no record lists it; remove it")
             else:
                 others.append(name)
@@ -461,119 +416,27 @@ def _unlisted(storage: Storage, found: Verification, manifest: Manifest | None) 
 
 
 def _digests(
-    storage: Storage, found: Verification, parts: Sequence[_Part], execute: Execute
+    storage: Storage, found: Verification, parts: Sequence[SoundPart], execute: Execute
 ) -> None:
     """Hash all data and compare it, block by block."""
     target = DigestTarget([part.catalog for part in parts])
     execute([plan_identity(part.catalog) for part in parts], storage, target, None)
     for slot, part in enumerate(parts):
-        for row, expected in enumerate(part.entry.blocks):
-            tensor, have = part.catalog.tensor(row), target.blocks(slot, row)
-            for number, (want, is_) in enumerate(zip(expected, have, strict=True)):
-                if want != is_:
-                    begin = tensor.begin + number * BLOCK_BYTES
-                    found.add(
-                        "digest",
-                        part.entry.name,
-                        f"block {number} has digest {is_}, expected {want}; "
-                        f"{_remedy(part.entry.name)}",
-                        tensor=tensor.name,
-                        begin=begin,
-                        end=min(begin + BLOCK_BYTES, tensor.end),
-                    )
+        found.problems += block_problems(part.entry, part.catalog, partial(target.blocks, slot))
 
 
-def _against(
-    storage: Storage,
-    found: Verification,
-    parts: Sequence[_Part],
-    source: Checkpoint,
-    execute: Execute,
-) -> None:
-    """Make every rank anew from the source, in memory, and compare it with what is stored."""
-    plans: list[Plan] = []
-    stored: list[tuple[Tensors, Catalog]] = []
-    wanted: list[frozenset[int]] = []
-    differ: set[str] = set()
-    assert source.catalog is not None
-    for record in found.records.values():
-        name = provenance_name(record.rank)
-        if record.provenance is None:
-            found.add("source", name, "the set has no provenance: its source cannot be compared")
-            continue
-        try:
-            data = storage.read(name, limit=MAX_JSON_BYTES)
-            plan = parse_provenance(data, file=name, set_id=record.set, rank=record.rank)
-        except PathNotFound:
-            continue  # listed as missing already
-        except InputError as error:
-            if not any(problem.file == name for problem in found.problems):
-                found.add("digest", name, str(error))
-            continue
-        catalog = merge_catalogs([part.catalog for part in parts if part.rank == record.rank])
-        rebased, absent = _rebase(plan, source.catalog)
-        differ |= absent
-        plans.append(rebased)
-        stored.append((rebased.tensors, catalog))
-        wanted.append(_comparable(found, name, rebased, catalog, absent, plan))
-    for name in sorted(differ):
-        found.add(
-            "source",
-            MANIFEST,
-            "the source given holds no such tensor with that dtype and shape: it is not the "
-            "source of this set",
-            tensor=name,
-        )
-    target = CompareTarget(storage, stored)
-    execute(plans, source.storage, target, wanted)
-    for difference in target.differences:
-        catalog = stored[difference.slot][1]
-        tensor = catalog.tensor(catalog.row[plans[difference.slot].tensors.names[difference.dest]])
-        found.add(
-            "source",
-            tensor.file,
-            f"differs from the source; {_remedy(tensor.file)}",
-            tensor=tensor.name,
-            begin=tensor.begin + difference.begin,
-            end=tensor.begin + difference.end,
-        )
-
-
-def _rebase(plan: Plan, source: Catalog) -> tuple[Plan, set[str]]:
-    """Return `plan` reading from `source` by name, and the names that are not there alike."""
-    old = plan.catalog
-    rows = np.full(len(old), -1, dtype=np.int64)
-    for row, name in enumerate(old.names):
-        at = source.row.get(name)
-        if at is not None and (source.dtypes[at], source.shapes[at]) == (
-            old.dtypes[row], old.shapes[row]
-        ):  # fmt: skip
-            rows[row] = at
-    used = {old.names[row] for row in np.unique(plan.source) if rows[row] < 0}
-    copies = [
-        replace(copy, source=int(rows[copy.source])) for copy in plan if rows[copy.source] >= 0
-    ]
-    return make_plan(source, plan.tensors, copies, plan.fills, plan.literals), used
-
-
-def _comparable(
-    found: Verification, name: str, plan: Plan, stored: Catalog, absent: set[str], original: Plan
-) -> frozenset[int]:
-    """Return the rows of the plan's tensors that are stored alike and have their sources."""
-    lost = {copy.dest for copy in original if original.catalog.names[copy.source] in absent}
-    sound = []
-    for row, tensor in enumerate(plan.tensors.names):
-        at = stored.row.get(tensor)
-        if at is None and not found.problems:
-            found.add("missing", name, "names a tensor that no rank file holds", tensor=tensor)
-        if at is None or row in lost:
-            continue  # its file is listed as missing or damaged, or its source as another
-        if (stored.dtypes[at], stored.shapes[at]) != (
-            plan.tensors.dtypes[row], plan.tensors.shapes[row]
-        ):  # fmt: skip
-            found.add(
-                "digest", name, "says another dtype or shape than the rank file", tensor=tensor
-            )
-            continue
-        sound.append(row)
-    return frozenset(sound)
+def block_problems(
+    entry: PartEntry, catalog: Catalog, blocks: Callable[[int], Sequence[str]]
+) -> list[Problem]:
+    """Compare the blocks of a rank file, by row of `catalog`, with those that a record lists."""
+    problems = []
+    rows = np.flatnonzero(catalog.file == catalog.files.index(entry.name)).tolist()
+    for row, expected in zip(rows, entry.blocks, strict=True):
+        tensor = catalog.tensor(row)
+        for number, (want, have) in enumerate(zip(expected, blocks(row), strict=True)):
+            if want != have:
+                begin = tensor.begin + number * BLOCK_BYTES
+                text = f"block {number} has digest {have}, expected {want}; {remedy(entry.name)}"
+                end = min(begin + BLOCK_BYTES, tensor.end)
+                problems.append(Problem(entry.name, tensor.name, text, "digest", begin, end))
+    return problems

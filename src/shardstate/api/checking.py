@@ -16,6 +16,7 @@ from shardstate.engine import Counters, Progress, execute
 from shardstate.errors import (
     UsageError,
 )
+from shardstate.findings import Verification
 from shardstate.names import MANIFEST, record_rank
 from shardstate.plan import (
     Plan,
@@ -23,7 +24,7 @@ from shardstate.plan import (
 from shardstate.report import Phases, Report
 from shardstate.storage import Storage
 from shardstate.targets import CompareTarget, DigestTarget
-from shardstate.verify import Verification, verify_set, verify_structure
+from shardstate.verify import verify_set, verify_structure
 
 
 def verify(

@@ -23,7 +23,6 @@ from shardstate.api.planning import (
 )
 from shardstate.catalog import Catalog
 from shardstate.checkpoint import Checkpoint
-from shardstate.digest import BLOCK_BYTES
 from shardstate.dtypes import DTYPES, numpy_dtype
 from shardstate.engine import Progress, execute
 from shardstate.errors import (
@@ -33,6 +32,7 @@ from shardstate.errors import (
 )
 from shardstate.report import Phases, Problem, Report
 from shardstate.targets import MemoryTarget, StoredDigests, allocate
+from shardstate.verify import block_problems
 
 _log = logging.getLogger("shardstate")
 
@@ -276,26 +276,11 @@ def stored_digests(catalog: Catalog) -> StoredDigests:
 def check_blocks(checkpoint: Checkpoint, digests: StoredDigests, rank: int) -> tuple[Problem, ...]:
     """Compare the digests of what was read, whole, with those of the rank's record."""
     catalog = checkpoint.rank_catalog(rank)
-    problems = []
-    for entry in checkpoint.record(rank).files:
-        rows = np.flatnonzero(catalog.file == catalog.files.index(entry.name)).tolist()
-        for row, expected in zip(rows, entry.blocks, strict=True):
-            tensor = catalog.tensor(row)
-            for number, (want, have) in enumerate(zip(expected, digests.blocks(row), strict=True)):
-                if want != have:
-                    begin = tensor.begin + number * BLOCK_BYTES
-                    problems.append(
-                        Problem(
-                            entry.name,
-                            tensor.name,
-                            f"block {number} has digest {have}, expected {want}; copy "
-                            f"{entry.name} again, or shard again with --force",
-                            "digest",
-                            begin,
-                            min(begin + BLOCK_BYTES, tensor.end),
-                        )
-                    )
-    return tuple(problems)
+    return tuple(
+        problem
+        for entry in checkpoint.record(rank).files
+        for problem in block_problems(entry, catalog, digests.blocks)
+    )
 
 
 def raise_damage(report: Report) -> None:

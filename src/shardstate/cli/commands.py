@@ -140,7 +140,7 @@ def plan(src: str, **arguments: Any) -> Report:
     metavar="SIZE",
     help="Tensor bytes in one file; 5GB is 5·10⁹, 5GiB is 5·2³⁰.",
 )
-@click.option("--ranks", type=_ranks, metavar="R,…", help="Write these ranks only, such as 0,3.")
+@click.option("--ranks", type=_ranks, metavar="R,…", help="Write these ranks only: 0,3 or 0-3.")
 @click.option("--force", is_flag=True, help="Replace the set that is there.")
 @click.option("--dry-run", is_flag=True, help="Print the planned figures and write nothing.")
 @_common
@@ -170,7 +170,7 @@ def load(path: str, **arguments: Any) -> Report:
 @_path()
 @click.option("--full", is_flag=True, help="Hash all data too.")
 @click.option("--against", metavar="SRC", help="Compare with the source; implies --full.")
-@click.option("--ranks", type=_ranks, metavar="R,…", help="Check these ranks only, such as 0,3.")
+@click.option("--ranks", type=_ranks, metavar="R,…", help="Check these ranks only: 0,3 or 0-3.")
 @_pattern
 @_common
 def verify(path: str, **arguments: Any) -> Report:

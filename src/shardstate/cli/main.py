@@ -68,7 +68,7 @@ def run(arguments: Sequence[str]) -> int:
         return STORAGE
     except OSError as error:
         _silence_stdout()
-        return _fail(STORAGE, "storage", f"cannot write the output: {error.strerror}", as_json)
+        return _fail(STORAGE, "storage", f"I/O failed: {error.strerror or error}", as_json)
     except MemoryError:
         return _fail(STORAGE, "storage", "out of memory: the tensors do not fit here", as_json)
     except Exception as error:

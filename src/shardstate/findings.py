@@ -1,0 +1,69 @@
+"""What a check finds: problems, notes, and the parts that are sound enough to look further."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from shardstate.catalog import Catalog
+from shardstate.manifest import (
+    Manifest,
+    PartEntry,
+    Record,
+)
+from shardstate.plan import Plan
+from shardstate.report import Problem
+from shardstate.storage import Storage
+from shardstate.targets import CompareTarget, DigestTarget
+
+# Carries out plans that read from a storage; the last argument limits each to some rows.
+Execute = Callable[
+    [Sequence[Plan], Storage, DigestTarget | CompareTarget, Sequence[frozenset[int]] | None], None
+]
+
+
+@dataclass
+class Verification:
+    """What was looked at and what was found."""
+
+    problems: list[Problem] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    files: list[tuple[str, int, int | None]] = field(default_factory=list)  # name, bytes, rank
+    tensors: int = 0
+    bytes: int = 0  # of tensors
+    bytes_meta: int = 0
+    manifest: Manifest | None = None
+    records: dict[int, Record] = field(default_factory=dict)
+
+    @property
+    def pattern(self) -> str | None:
+        """The pattern of rank files that the set says."""
+        infos = [record.info for record in self.records.values()]
+        infos += [self.manifest.info] if self.manifest is not None else []
+        return infos[-1].pattern if infos else None
+
+    def add(
+        self,
+        kind: str,
+        file: str,
+        problem: str,
+        *,
+        tensor: str | None = None,
+        begin: int | None = None,
+        end: int | None = None,
+    ) -> None:
+        self.problems.append(Problem(file, tensor, problem, kind, begin, end))
+
+
+@dataclass
+class SoundPart:
+    """A rank file whose header fits its record."""
+
+    entry: PartEntry
+    rank: int
+    catalog: Catalog
+
+
+def remedy(name: str) -> str:
+    """Return what mends a file of a set."""
+    return f"copy {name} again, or shard again with --force"
