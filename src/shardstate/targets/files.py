@@ -24,7 +24,7 @@ class _Open:
 
     def __init__(self, part: PartFile, output: Output) -> None:
         self.part, self.output = part, output
-        ends = (*part.begins[1:], part.nbytes)
+        ends = (*part.begins, part.nbytes)[1:]
         self.hashers = [TensorHasher(e - b) for b, e in zip(part.begins, ends, strict=True)]
         self.remaining = part.nbytes
 
