@@ -121,6 +121,13 @@ class StorageContract:
         with storage.lock():
             pass
 
+    def test_locks_with_names_exclude_the_same_name_and_the_lock_on_everything(self, storage):
+        with storage.lock(".shardstate-lock-0"), storage.lock(".shardstate-lock-1"):
+            for name in (None, ".shardstate-lock-0"):
+                with pytest.raises(TargetBusy), storage.lock(name):
+                    pass
+        assert storage.entries() == {}
+
     def test_many_threads_read_one_file(self, storage):
         data = os.urandom(1 << 20)
         self.put("a", data)

@@ -746,3 +746,13 @@ def test_architectures_of_transformers_survive_the_round_trip(name, tie, tmp_pat
     assert pointers == {key: tensor.data_ptr() for key, tensor in other.state_dict().items()}
     if tie:
         assert len(filter_subtensors(model.state_dict())) < len(model.state_dict())
+
+
+def test_verify_leaves_out_what_is_not_loaded(tmp_path):
+    save_model({"a": torch.ones(4, 4), "b": torch.ones(3)}, tmp_path / "set")
+    goal = {"a": torch.zeros(4, 4)}
+    report = load_model(goal, tmp_path / "set", strict=False, verify=True)
+    assert torch.equal(goal["a"], torch.ones(4, 4))
+    assert report.problems == ()
+    assert report.notes is not None
+    assert "b: unexpected" in report.notes[0]

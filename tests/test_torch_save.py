@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 import shardstate
 from memories import DTYPES, all_bits, blank, module_of, noise
 from shardstate.errors import InputError, LoadError, SetError, TargetBusy, UsageError
+from shardstate.names import lock_name
 from shardstate.storage import LocalStorage
 from shardstate.torch import load_model, save_model
 
@@ -384,7 +385,7 @@ def test_four_ranks_in_a_race_always_commit(tmp_path):
 
 
 def test_two_savers_of_one_rank_exclude_each_other(tmp_path):
-    with LocalStorage(tmp_path) as storage, storage.lock(rank=0):
+    with LocalStorage(tmp_path) as storage, storage.lock(lock_name(0)):
         with pytest.raises(TargetBusy, match="another process is writing"):
             save_model(rank_model(0), tmp_path)
     with LocalStorage(tmp_path) as storage, storage.lock():

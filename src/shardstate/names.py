@@ -145,6 +145,9 @@ def note_place(name: str) -> tuple[int, int] | None:
     return (int(found[1]), int(found[2])) if found else None
 
 
+COMMIT_LOCK = f"{OURS}lock-commit"  # of whoever publishes the manifest
+
+
 def lock_name(rank: int) -> str:
     """Return the name of the lock of whoever saves a rank."""
     return f"{OURS}lock-{rank}"

@@ -426,14 +426,19 @@ def _digests(
 
 
 def block_problems(
-    entry: PartEntry, catalog: Catalog, blocks: Callable[[int], Sequence[str]]
+    entry: PartEntry, catalog: Catalog, blocks: Callable[[int], Sequence[str] | None]
 ) -> list[Problem]:
-    """Compare the blocks of a rank file, by row of `catalog`, with those that a record lists."""
+    """Compare the blocks of a rank file with those that its record lists.
+
+    `blocks` gives those of a row of `catalog`; None for a tensor that was not read.
+    """
     problems = []
     rows = np.flatnonzero(catalog.file == catalog.files.index(entry.name)).tolist()
     for row, expected in zip(rows, entry.blocks, strict=True):
-        tensor = catalog.tensor(row)
-        for number, (want, have) in enumerate(zip(expected, blocks(row), strict=True)):
+        tensor, found = catalog.tensor(row), blocks(row)
+        if found is None:
+            continue
+        for number, (want, have) in enumerate(zip(expected, found, strict=True)):
             if want != have:
                 begin = tensor.begin + number * BLOCK_BYTES
                 text = f"block {number} has digest {have}, expected {want}; {remedy(entry.name)}"

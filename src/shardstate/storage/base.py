@@ -106,9 +106,9 @@ class Writable(Storage, Protocol):
         """Return the bytes that can still be written, or None where nothing tells."""
         ...
 
-    def lock(self, *, rank: int | None = None) -> AbstractContextManager[None]:
+    def lock(self, name: str | None = None) -> AbstractContextManager[None]:
         """Exclude other writers while the context is open; `TargetBusy` if there is one.
 
-        With `rank`, exclude only who writes everything, and who writes the same rank.
+        With `name`, exclude only who holds the lock on everything, and who holds that name.
         """
         ...

@@ -22,7 +22,7 @@ from pathlib import PurePosixPath
 import numpy as np
 
 from shardstate.errors import InputError, PathNotFound, StorageError, TargetBusy, TruncatedFile
-from shardstate.names import lock_name, temporary_name
+from shardstate.names import temporary_name
 from shardstate.storage.base import Entry
 
 _log = logging.getLogger("shardstate")
@@ -201,12 +201,11 @@ class LocalStorage:
         return space.f_bavail * space.f_frsize
 
     @contextlib.contextmanager
-    def lock(self, *, rank: int | None = None) -> Iterator[None]:
-        with self._flock(".", fcntl.LOCK_EX if rank is None else fcntl.LOCK_SH):
-            if rank is None:
+    def lock(self, name: str | None = None) -> Iterator[None]:
+        with self._flock(".", fcntl.LOCK_EX if name is None else fcntl.LOCK_SH):
+            if name is None:
                 yield
                 return
-            name = lock_name(rank)
             with self._flock(name, fcntl.LOCK_EX):
                 try:
                     yield

@@ -63,6 +63,11 @@ class TensorHasher:
             self._stopped = True
             _CONDITION.notify_all()
 
+    @property
+    def begun(self) -> bool:
+        """Whether anything has arrived, or nothing ever will."""
+        return not self._blocks or bool(self._position) or any(self._blocks)
+
     def blocks(self) -> tuple[str, ...]:
         """Return all digests; every byte must have arrived."""
         found = tuple(block for block in self._blocks if block is not None)
@@ -71,7 +76,7 @@ class TensorHasher:
 
 
 class StoredDigests:
-    """Block digests of source tensors that a plan reads whole and once, row by row."""
+    """Block digests of source tensors, each of which a plan reads whole and once, or not at all."""
 
     def __init__(self, nbytes: Sequence[int]) -> None:
         self._hashers = [TensorHasher(each) for each in nbytes]
@@ -85,9 +90,9 @@ class StoredDigests:
         for hasher in self._hashers:
             hasher.stop()
 
-    def blocks(self, row: int) -> tuple[str, ...]:
-        """Return the digests of one source tensor's blocks, once all of it has arrived."""
-        return self._hashers[row].blocks()
+    def blocks(self, row: int) -> tuple[str, ...] | None:
+        """Return the digests of one source tensor's blocks; None if the plan did not read it."""
+        return self._hashers[row].blocks() if self._hashers[row].begun else None
 
 
 # One for all tensors: threads wait rarely, and a model has tens of thousands of tensors.

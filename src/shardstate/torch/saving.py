@@ -17,7 +17,7 @@ from shardstate.commit import SetWriter
 from shardstate.engine import Progress, execute
 from shardstate.errors import InputError, TargetBusy, UsageError
 from shardstate.manifest import PartEntry, SetInfo, Sizes
-from shardstate.names import check_pattern, default_pattern
+from shardstate.names import COMMIT_LOCK, check_pattern, default_pattern, lock_name
 from shardstate.parts import PartFile, plan_parts
 from shardstate.plan import bytes_wanted
 from shardstate.report import Phases, Report
@@ -28,7 +28,6 @@ from shardstate.torch.aliases import equal_groups, filter_subtensors
 from shardstate.torch.ranks import Place, broadcast_id, place_of
 from shardstate.torch.tensors import TensorStorage, plan_tensors
 
-_COMMIT_LOCK = -1  # no rank's: who commits holds it
 _COMMIT_SECONDS = 60.0  # a commit reads records and writes one small file
 _SAVE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
@@ -100,7 +99,7 @@ def save_model(
         report.bytes, report.bytes_wanted = nbytes_of(plan.tensors), bytes_wanted([plan])
         report.tensors = len(plan.tensors)
     with phases("write"), LocalStorage(local_path(path), create=True) as target:
-        with target.lock(rank=place.index):
+        with target.lock(lock_name(place.index)):
             writer = SetWriter(
                 target, set_id=identifier, info=info, companions=(), source_identity=()
             )
@@ -138,7 +137,7 @@ def _commit(target: LocalStorage, writer: SetWriter) -> tuple[int, ...]:
     give_up = time.monotonic() + _COMMIT_SECONDS
     while True:
         try:
-            with target.lock(rank=_COMMIT_LOCK):
+            with target.lock(COMMIT_LOCK):
                 return writer.commit(shared=True)
         except TargetBusy:
             if time.monotonic() > give_up:
