@@ -35,6 +35,7 @@ ORDER = [
     "targets",
     "engine",
     "checkpoint",
+    "inventory",
     "commit",
     "findings",
     "against",
