@@ -382,7 +382,8 @@ def test_files_of_vllm_load_and_nothing_vouches_for_them(tmp_path):
         report = load(goals, tmp_path, rank=rank)
         assert all_bits(tensors) == all_bits(goals)
         assert report.kind == "vllm"
-        assert report.notes == (f"nothing vouches for the bytes of {tmp_path}",)
+        text = f"nothing vouches for the bytes of {tmp_path}, taken for a set of 2 ranks"
+        assert report.notes == (text,)
 
 
 def test_files_of_vllm_with_pipeline_stages_load(tmp_path):
@@ -756,3 +757,46 @@ def test_verify_leaves_out_what_is_not_loaded(tmp_path):
     assert report.problems == ()
     assert report.notes is not None
     assert "b: unexpected" in report.notes[0]
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        torch.zeros(4, dtype=torch.complex64).conj(),
+        torch.zeros(4).as_strided((3, 2), (1, 1)),
+        torch.zeros(6).unfold(0, 3, 1),
+        torch.zeros(1).expand(4),
+    ],
+    ids=["conjugated", "overlapping", "unfolded", "expanded"],
+)
+def test_memory_that_cannot_hold_the_elements_is_refused(view, tmp_path):
+    save_model({"a": torch.ones(view.shape, dtype=view.dtype)}, tmp_path / "set")
+    with pytest.raises(LoadError, match="a: is a view that cannot be written to"):
+        load_model({"a": view}, tmp_path / "set")
+
+
+def test_a_rank_is_counted_among_those_of_the_set(tmp_path):
+    for stage in range(2):
+        for rank in range(2):
+            save_model(
+                {"a": torch.full((2,), 10.0 * stage + rank)},
+                tmp_path / "set",
+                rank=rank, tp=2, pp_rank=stage, pp=2, save_id="s",
+            )  # fmt: skip
+    goal = {"a": torch.zeros(4)}
+    report = load_model(goal, tmp_path / "set", rank=0, tp=1, pp_rank=1, pp=2, allow_padding=True)
+    assert goal["a"].tolist() == [10, 10, 0, 0]
+    assert any("is made for tp 2, and the model is one of 1" in note for note in report.notes)
+
+
+def test_a_stale_part_beside_a_marked_set_is_named(tmp_path):
+    save_model({"a": torch.ones(2)}, tmp_path / "set")
+    name = "model-rank-0-part-{}.safetensors"
+    (tmp_path / "set" / name.format(2)).write_bytes(
+        (tmp_path / "set" / name.format(0)).read_bytes()
+    )
+    report = load_model({"a": torch.zeros(2)}, tmp_path / "set")
+    assert report.notes == (
+        "model-rank-0-part-2.safetensors is there and no record lists it: "
+        "it was not loaded; remove it",
+    )

@@ -687,3 +687,29 @@ def test_two_processes_of_torch_distributed_save_and_load(tmp_path):
         tmp_path / "set-pp"
     )
     assert generations(path) == [1, 1]
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {"__metadata__": torch.ones(2)},
+        {0: torch.ones(2)},
+        {"a\ud800": torch.ones(2)},
+        {"a": torch.eye(2).to_sparse()},
+    ],
+    ids=["metadata", "number", "surrogate", "sparse"],
+)
+def test_what_no_file_can_hold_is_refused_before_anything_is_written(state, tmp_path):
+    with pytest.raises(InputError, match=r"no name that a safetensors|has layout"):
+        save_model(state, tmp_path / "set")
+    assert not (tmp_path / "set").exists()
+
+
+def test_a_damaged_record_of_a_rank_that_is_gone_does_not_stand_in_the_way(tmp_path):
+    for rank in range(4):
+        save_model({"a": torch.ones(2)}, tmp_path / "set", rank=rank, tp=4, save_id="one")
+    (tmp_path / "set" / "shardstate.rank-3.json").write_bytes(b"{")
+    for rank in range(2):
+        report = save_model({"a": torch.ones(2)}, tmp_path / "set", rank=rank, tp=2, save_id="two")
+    assert report.committed
+    assert shardstate.verify(tmp_path / "set", full=True).problems == ()

@@ -145,6 +145,21 @@ class Checkpoint:
         _check_padding(record, catalog)
         return catalog
 
+    def unlisted(self, rank: int) -> tuple[str, ...]:
+        """Return files under a rank's names that its record does not list: they do not count."""
+        if self.kind != "shardstate":
+            return ()
+        record = self.record(rank)
+        topology = record.info.topology
+        pattern = check_pattern(record.info.pattern, tp=topology.tp, pp=topology.pp)
+        listed = {entry.name for entry in record.files}
+        places = {name: pattern.parse(name) for name in self.storage.entries()}
+        return tuple(
+            name
+            for name, place in places.items()
+            if place is not None and place[0] == rank and name not in listed
+        )
+
     def part_header(self, entry: PartEntry, record: Record, part: int) -> Header:
         """Return the header of a rank file that fits its record, or raise `InputError`."""
         nbytes = self.storage.size(entry.name)

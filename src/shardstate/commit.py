@@ -45,6 +45,7 @@ from shardstate.names import (
     note_name,
     provenance_name,
     record_name,
+    record_rank,
     temporary_name,
 )
 from shardstate.parts import PartFile
@@ -212,29 +213,35 @@ class SetWriter:
         world = self._info.shape.world
         ours = {r: each for r, each in found.records.items() if each[0].set == self._set}
         lacking = tuple(rank for rank in range(world) if rank not in ours)
+        damaged = {record_rank(name): name for name in found.unreadable}
+        if bad := [damaged[rank] for rank in lacking if rank in damaged]:
+            raise SetError(
+                f"{self._storage.location}: {bad[0]} is damaged; write that rank again",
+                file=bad[0],
+            )
         if lacking:
             return lacking
-        if found.unreadable:
-            raise SetError(
-                f"{self._storage.location}: {found.unreadable[0]} is damaged; "
-                f"shard again with --force",
-                file=found.unreadable[0],
-            )
         manifest = manifest_of([ours[rank] for rank in range(world)])
         self._storage.put(MANIFEST, manifest_json(manifest))
         self._storage.sync()
         listed = {entry.name for entry in manifest.files}
-        for name in sorted((found.listed | self._old_files) - listed):
+        beyond = {name for name in found.entries if self._rank_of(name) >= world}
+        for name in sorted((found.listed | self._old_files | beyond) - listed):
             if not shared or self._examiner.mark(name) is not None:
                 self._storage.remove(name)
-        for rank in found.records:
-            if rank not in ours:
-                self._storage.remove(provenance_name(rank))
-                self._storage.remove(record_name(rank))
+        # Records of ranks that this set does not have: another set's, whole or damaged.
+        for rank in {*found.records, *(r for r in damaged if r is not None)} - set(ours):
+            self._storage.remove(provenance_name(rank))
+            self._storage.remove(record_name(rank))
         self._storage.sync()
         if not shared:
             self._clean(set())
         return ()
+
+    def _rank_of(self, name: str) -> int:
+        """Return the rank whose file has this name; -1 for any other file."""
+        place = self._pattern.parse(name)
+        return -1 if place is None else place[0]
 
     def _clean(self, keep: Set[str]) -> None:
         """Remove what an interrupted run left under temporary names, but for `keep`."""

@@ -13,6 +13,7 @@ from shardstate.api.planning import (
     RulesArgument,
     by_rule,
     describe_checkpoint,
+    extra_notes,
     open_path,
     padding_bytes,
     rank_plan,
@@ -211,6 +212,9 @@ def _load_rank(
             write_planned(report, [made.plan], reads, checkpoint)
             report.ranks = (rank,)
             report.topology = sizes_of(made.topology)
+            notes = extra_notes(checkpoint, rank)
+            if checkpoint.kind == "vllm":
+                notes.append(f"nothing vouches for the bytes of {checkpoint.location}")
         with phases("read"):
             catalog = made.plan.catalog
             arrays = _mapped(checkpoint, catalog) if map else allocate(made.plan.tensors)
@@ -231,12 +235,11 @@ def _load_rank(
             if checkpoint.kind == "shardstate":
                 for group in checkpoint.record(rank).aliases:
                     arrays |= {name: arrays[group[0]] for name in group if group[0] in arrays}
-        phases.finish(report, main="read")
+        phases.finish(report, main=None if map else "read")
     if verify:
         report.problems = problems
         raise_damage(report)
-    if checkpoint.kind == "vllm":
-        report.notes = (f"nothing vouches for the bytes of {checkpoint.location}",)
+    report.notes = tuple(notes) or None
     mode = "recorded" if checkpoint.kind == "checkpoint" else "sharded"
     _log.info(
         "shardstate: rank=%d mode=%s layout=%s bytes=%d wanted=%d read=%d requests=%d "

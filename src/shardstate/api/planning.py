@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections import Counter
@@ -50,6 +51,8 @@ from shardstate.sharding import (
 )
 from shardstate.storage import LocalStorage
 from shardstate.storage.local import mapped_errors
+
+_log = logging.getLogger("shardstate")
 
 READ_THREADS = 2  # reach what a disk gives through the page cache
 PIECE_BYTES = BLOCK_BYTES  # so that pieces of contiguous tensors are whole digest blocks
@@ -166,8 +169,8 @@ def rank_plan(
         )
     if rank not in checkpoint.ranks:
         raise SetError(
-            f"{checkpoint.location}: has no record of rank {rank}; finish the set with "
-            f"shard --ranks {rank}"
+            f"{checkpoint.location}: has no record of rank {rank}; finish the set: "
+            f"{'save that rank' if checkpoint.stage == 'model' else f'shard --ranks {rank}'}"
         )
     return Made(plan_identity(checkpoint.rank_catalog(rank)), topology, None)
 
@@ -220,6 +223,17 @@ def kinds_of(
     check_shares(catalog.names, catalog.shapes, kinds, world=tp)
     used = set(matched)
     return [rule for rule in rules if rule in used], kinds
+
+
+def extra_notes(checkpoint: Checkpoint, rank: int) -> list[str]:
+    """Return a note for each rank file that is there and does not count, and log it."""
+    notes = [
+        f"{name} is there and no record lists it: it was not loaded; remove it"
+        for name in (checkpoint.unlisted(rank) if checkpoint.catalog is None else ())
+    ]
+    for note in notes:
+        _log.warning("shardstate: %s", note)
+    return notes
 
 
 def checked_dtype(dtype: str) -> str:

@@ -9,7 +9,8 @@ import torch
 
 from shardstate.catalog import Catalog
 from shardstate.checkpoint import Checkpoint
-from shardstate.errors import UsageError
+from shardstate.dtypes import DTYPES
+from shardstate.errors import InputError, ShardStateError, UsageError
 
 Backend = Callable[[Checkpoint, Catalog, Mapping[str, torch.Tensor]], None]
 
@@ -35,6 +36,8 @@ def _runai(checkpoint: Checkpoint, catalog: Catalog, goals: Mapping[str, torch.T
         raise UsageError(
             "backend runai needs runai-model-streamer: pip install 'shardstate[runai]'"
         ) from None
+    if packed := [t.name for t in catalog if DTYPES[t.dtype].packed]:
+        raise UsageError(f"{packed[0]}: runai cannot read types below a byte; use native")
     with SafetensorsStreamer() as streamer:
         streamer.stream_files([f"{checkpoint.location}/{file}" for file in catalog.files])
         for name, tensor in streamer.get_tensors():
@@ -43,3 +46,17 @@ def _runai(checkpoint: Checkpoint, catalog: Catalog, goals: Mapping[str, torch.T
 
 
 BACKENDS: Mapping[str, Backend] = MappingProxyType({"safetensors": _safetensors, "runai": _runai})
+
+
+def fill(
+    backend: str, checkpoint: Checkpoint, catalog: Catalog, goals: Mapping[str, torch.Tensor]
+) -> None:
+    """Fill `goals` from the files of `catalog`; what a backend raises comes out as `InputError`."""
+    try:
+        BACKENDS[backend](checkpoint, catalog, goals)
+    except ShardStateError:
+        raise
+    except Exception as error:
+        raise InputError(
+            f"{checkpoint.location}: backend {backend} failed: {error}; try native"
+        ) from error

@@ -16,6 +16,7 @@ from shardstate.api.planning import (
     Made,
     RulesArgument,
     describe_checkpoint,
+    extra_notes,
     open_path,
     rank_plan,
     reads_of,
@@ -33,10 +34,10 @@ from shardstate.layout import Move, canonical
 from shardstate.plan import Copy, Plan, make_plan
 from shardstate.report import Phases, Report
 from shardstate.torch.aliases import alias_of, equal_groups
-from shardstate.torch.backends import BACKENDS
+from shardstate.torch.backends import BACKENDS, fill
 from shardstate.torch.ranks import Place, in_group, place_of
 from shardstate.torch.staging import target_for
-from shardstate.torch.tensors import loops_of, stored_shape, tag_of
+from shardstate.torch.tensors import check_plain, is_writable, loops_of, stored_shape, tag_of
 
 _log = logging.getLogger("shardstate")
 
@@ -68,7 +69,8 @@ def load_model(
     not fit. `strict=False` turns missing and unexpected names into notes of the report. A stored
     tensor smaller than its parameter goes into the leading corner, with a warning, where the set is
     known to be made for the same topology; `allow_padding` True allows it anywhere, False nowhere.
-    `cast` converts between plain float dtypes. `verify` compares digests while reading.
+    `cast` converts between plain float dtypes. `verify` compares digests while reading: damage is
+    raised (`DamageError`) after the last byte, and the parameters must not be used then.
 
     `backend`: "native"; "safetensors" or "runai" read whole rank files their way.
     """
@@ -82,16 +84,18 @@ def load_model(
             _check_arguments(checkpoint, place, tp, allow_padding, verify, backend)
         with phases("plan"):
             width = place.tp if checkpoint.catalog is not None else None
-            made = rank_plan(checkpoint, place.index, width, "rules", rules, "keep")
+            index = _index(checkpoint, place)
+            made = rank_plan(checkpoint, index, width, "rules", rules, "keep")
             padding = checkpoint.catalog is None if allow_padding is None else allow_padding
-            fit = _fit(model, checkpoint, made.plan.tensors, place, cast, padding)
+            fit = _fit(model, checkpoint, made.plan.tensors, index, cast, padding)
+            fit.notes += [*_other_topology(checkpoint, place), *extra_notes(checkpoint, index)]
             _refuse(fit, checkpoint, made, strict=strict)
             plan = compose_plans(made.plan, fit.plan)
             reads = reads_of([plan], threads=READ_THREADS)
             write_planned(report, [plan], reads, checkpoint)
             report.bytes = sum(fit.plan.catalog.nbytes(copy.source) for copy in fit.plan)
             report.tensors = len(fit.plan)
-            report.ranks, report.topology = (place.index,), sizes_of(made.topology)
+            report.ranks, report.topology = (index,), sizes_of(made.topology)
             report.notes = tuple(fit.notes) or None
         with phases("read"):
             if backend == "native":
@@ -106,9 +110,9 @@ def load_model(
                 )
                 write_counted(report, counters)
                 if digests is not None:
-                    report.problems = check_blocks(checkpoint, digests, place.index)
+                    report.problems = check_blocks(checkpoint, digests, index)
             else:
-                BACKENDS[backend](checkpoint, made.plan.catalog, fit.goals)
+                fill(backend, checkpoint, made.plan.catalog, fit.goals)
             for goal, twin in fit.twins:
                 goal.copy_(twin)
     phases.finish(report, main="read")
@@ -161,6 +165,22 @@ def _place(
     return place_of(rank=rank, tp=tp, pp_rank=pp_rank, pp=pp)
 
 
+def _index(checkpoint: Checkpoint, place: Place) -> int:
+    """Return the global rank of `place` among those of the set, or of the model."""
+    topology = checkpoint.topology
+    return place.index if topology is None else place.pp_rank * topology.tp + place.rank
+
+
+def _other_topology(checkpoint: Checkpoint, place: Place) -> list[str]:
+    """Return a note, and log it, where allow_padding let a set for other ranks in."""
+    topology = checkpoint.topology
+    if topology is None or topology.tp == place.tp:
+        return []
+    text = f"{checkpoint.location} is made for tp {topology.tp}, and the model is one of {place.tp}"
+    _log.warning("shardstate: %s", text)
+    return [text]
+
+
 def _check_arguments(
     checkpoint: Checkpoint,
     place: Place,
@@ -182,7 +202,7 @@ def _check_arguments(
                 f"{location}: is an ordinary checkpoint; say among how many ranks it is shared "
                 f"(tp=N)"
             )
-    elif (place.tp, place.pp) != (topology.tp, topology.pp) and allow_padding is not True:
+    elif place.pp != topology.pp or (place.tp != topology.tp and allow_padding is not True):
         raise UsageError(
             f"{location}: is a set for tp {topology.tp}, pp {topology.pp}, and the model is one of "
             f"tp {place.tp}, pp {place.pp}; shard the source again for that"
@@ -198,7 +218,7 @@ def _fit(
     model: torch.nn.Module | Mapping[str, torch.Tensor],
     checkpoint: Checkpoint,
     stored: Tensors,
-    place: Place,
+    index: int,
     cast: bool,
     padding: bool,
 ) -> _Fit:
@@ -206,7 +226,7 @@ def _fit(
     state, optional = _state_of(model)
     equal = {name: group[0] for group in equal_groups(state) for name in group}
     covers = alias_of(state)
-    ties = _ties_of(checkpoint, place)
+    ties = _ties_of(checkpoint, index)
     fit = _Fit(state)
     # The saver may have kept another name of a tie than this module has.
     owns = {name: _name_in(state, name, ties.get(name, ())) for name in stored.names}
@@ -224,7 +244,7 @@ def _fit(
         if first == name:
             first = loaded.get(equal.get(cover, cover), name)
         if first != name:
-            if cover == own or _same_bytes(checkpoint, place, name, first):
+            if cover == own or _same_bytes(checkpoint, index, name, first):
                 fit.notes.append(f"{name} is {first} in this model, which was loaded instead")
             else:
                 fit.clashes.append(f"{name}: stored apart from {first}, and here in its memory")
@@ -257,15 +277,18 @@ def _fit(
     )
     _find_missing(fit, ties, optional, set(loaded), equal, cast)
     if checkpoint.kind == "vllm":
-        fit.notes.append(f"nothing vouches for the bytes of {checkpoint.location}")
+        fit.notes.append(
+            f"nothing vouches for the bytes of {checkpoint.location}, "
+            f"taken for a set of {len(checkpoint.parts)} ranks"
+        )
     return fit
 
 
-def _ties_of(checkpoint: Checkpoint, place: Place) -> dict[str, tuple[str, ...]]:
+def _ties_of(checkpoint: Checkpoint, index: int) -> dict[str, tuple[str, ...]]:
     """Return by name the alias groups that the saver recorded."""
     if checkpoint.kind != "shardstate":
         return {}
-    return {name: group for group in checkpoint.record(place.index).aliases for name in group}
+    return {name: group for group in checkpoint.record(index).aliases for name in group}
 
 
 def _name_in(state: Mapping[str, object], name: str, others: Sequence[str]) -> str | None:
@@ -273,14 +296,14 @@ def _name_in(state: Mapping[str, object], name: str, others: Sequence[str]) -> s
     return next((each for each in (name, *others) if each in state), None)
 
 
-def _same_bytes(checkpoint: Checkpoint, place: Place, *names: str) -> bool:
+def _same_bytes(checkpoint: Checkpoint, index: int, *names: str) -> bool:
     """Whether records prove that two stored tensors of one rank are equal."""
     if checkpoint.kind != "shardstate":
         return False
-    catalog = checkpoint.rank_catalog(place.index)
+    catalog = checkpoint.rank_catalog(index)
     blocks = {
         catalog.names[row]: (catalog.dtypes[row], catalog.shapes[row], each)
-        for entry in checkpoint.record(place.index).files
+        for entry in checkpoint.record(index).files
         for row, each in zip(
             np.flatnonzero(catalog.file == catalog.files.index(entry.name)).tolist(),
             entry.blocks,
@@ -304,6 +327,7 @@ def _state_of(
 ) -> tuple[dict[str, torch.Tensor], set[str]]:
     """Return parameters and buffers by name, and which of them a checkpoint may leave out."""
     if not isinstance(model, torch.nn.Module):
+        check_plain(model)
         return {name: tensor.detach() for name, tensor in model.items()}, set()
     state = {
         name: value.detach()
@@ -311,6 +335,7 @@ def _state_of(
         if isinstance(value, torch.Tensor)
     }
     others = {name: buffer.detach() for name, buffer in model.named_buffers() if name not in state}
+    check_plain(state | others)
     return state | others, set(others)
 
 
@@ -322,8 +347,7 @@ def _misfit(
     tag, goal_tag = stored.dtypes[row], tag_of(name, parameter)
     if parameter.is_meta:
         return f"{name}: is on the meta device; materialise the model first (to_empty)"
-    pairs = zip(parameter.shape, parameter.stride(), strict=True)
-    if any(size > 1 and not stride for size, stride in pairs) or parameter.is_neg():
+    if not is_writable(parameter):
         return f"{name}: is a view that cannot be written to; make it contiguous first"
     if len(shape) != len(goal) or any(size > n for size, n in zip(shape, goal, strict=True)):
         return f"{name}: stored shape {list(shape)}, the model's is {list(goal)}"

@@ -45,7 +45,7 @@ def place_of(*, rank: int | None, tp: int | None, pp_rank: int | None, pp: int |
     group = in_group() and rank is None and pp_rank is None
     if group:
         world, own = torch.distributed.get_world_size(), torch.distributed.get_rank()
-        stages = pp or (max(1, world // tp) if tp else 1)
+        stages = pp or 1
         width = tp or world // stages
         if width * stages != world:
             raise UsageError(

@@ -26,7 +26,7 @@ from shardstate.storage import LocalStorage
 from shardstate.targets import FilesTarget
 from shardstate.torch.aliases import equal_groups, filter_subtensors
 from shardstate.torch.ranks import Place, broadcast_id, place_of
-from shardstate.torch.tensors import TensorStorage, plan_tensors
+from shardstate.torch.tensors import TensorStorage, check_plain, plan_tensors
 
 _COMMIT_SECONDS = 60.0  # a commit reads records and writes one small file
 _SAVE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -76,6 +76,7 @@ def save_model(
                 f"be stored as safetensors",
                 tensor=others[0],
             )
+        check_plain(tensors)
         if lost := sorted(name for name, tensor in tensors.items() if tensor.is_meta):
             raise InputError(f"{lost[0]}: is on the meta device and has no bytes", tensor=lost[0])
         kept = filter_subtensors(tensors)

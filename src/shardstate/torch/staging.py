@@ -42,6 +42,9 @@ class StagedTarget:
 
     def __init__(self, goals: Sequence[torch.Tensor], digests: StoredDigests | None) -> None:
         self._memory = [bytes_of(goal) for goal in goals]
+        # What the caller still does to these tensors must not come after what we do.
+        for device in {memory.device for memory in self._memory if memory.is_cuda}:
+            torch.cuda.current_stream(device).synchronize()
         self._digests = digests
         self._local = threading.local()
 

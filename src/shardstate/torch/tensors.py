@@ -37,6 +37,38 @@ def stored_shape(tensor: torch.Tensor) -> Shape:
     return shape
 
 
+def is_writable(tensor: torch.Tensor) -> bool:
+    """Whether each element has memory of its own that holds its value as it is."""
+    reach = 0  # from the first element to the last, of the axes seen so far
+    axes = zip(tensor.stride(), tensor.shape, strict=True)
+    for stride, size in sorted((int(stride), size) for stride, size in axes if size > 1):
+        if stride <= reach:
+            return False
+        reach += (size - 1) * stride
+    return not tensor.is_neg() and not tensor.is_conj()
+
+
+def check_plain(tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raise `InputError` for names or tensors that no safetensors file can hold."""
+    for name, tensor in tensors.items():
+        if not isinstance(name, str) or name == "__metadata__":
+            raise InputError(f"{name!r}: is no name that a safetensors file can hold")
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise InputError(f"{name!r}: is no name that a safetensors file can hold") from None
+        if tensor.layout != torch.strided:
+            advice = "store its parts, or tensor.to_dense()"
+            raise InputError(f"{name}: has layout {tensor.layout}; {advice}", tensor=name)
+        if hasattr(tensor, "to_local"):
+            raise InputError(
+                f"{name}: is a distributed tensor; give its local part (tensor.to_local())",
+                tensor=name,
+            )
+        if tensor.is_nested:
+            raise InputError(f"{name}: is a nested tensor; give its values", tensor=name)
+
+
 def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
     """Return the bytes from a tensor's first element to its last, as flat uint8 over its memory."""
     width = tensor.element_size()
@@ -73,6 +105,9 @@ class TensorStorage:
 
     def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
         self._tensors = {name: tensor.detach() for name, tensor in tensors.items()}
+        # Other threads, on other streams, read them: what the caller began must be done.
+        for device in {tensor.device for tensor in self._tensors.values() if tensor.is_cuda}:
+            torch.cuda.current_stream(device).synchronize()
 
     def entries(self) -> dict[str, Entry]:
         return {name: Entry(name, self.size(name), ()) for name in self._tensors}
