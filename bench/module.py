@@ -27,7 +27,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from residency import cold, warm
-from shardstate.torch import load_model, save_model
+from shardstate.torch import load, load_model, save_model
 
 HIDDEN, MLP, LAYERS, VOCABULARY = 2048, 5632, 20, 32000
 
@@ -152,6 +152,7 @@ def main() -> None:
         lambda: warm(files),
         arguments.rounds,
     )
+    opening = [timed(lambda: load(directory / "set", rank=0, map=True)) for _ in range(6)][1:]
     wrong = [
         name
         for name, tensor in state.items()
@@ -166,6 +167,7 @@ def main() -> None:
         "save_peak_extra_bytes": max(peaks),
         "load": loading,
         "load_verified": verified,
+        "map_open_seconds": figures(opening),
         "wrong_tensors": len(wrong),
         "machine": f"{os.cpu_count()} cores, {platform.machine()}, Linux {platform.release()}",
     }
