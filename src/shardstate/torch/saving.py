@@ -12,7 +12,6 @@ import torch
 
 from shardstate.api import MAX_PART_SIZE, parse_size
 from shardstate.api.planning import local_path, nbytes_of, reads_of, sizes_of
-from shardstate.api.writing import WRITE_THREADS
 from shardstate.commit import SetWriter
 from shardstate.engine import Progress, execute
 from shardstate.errors import InputError, TargetBusy, UsageError
@@ -28,6 +27,7 @@ from shardstate.torch.aliases import equal_groups, filter_subtensors
 from shardstate.torch.ranks import Place, broadcast_id, place_of
 from shardstate.torch.tensors import TensorStorage, check_plain, plan_tensors
 
+SAVE_THREADS = 2  # nothing is read from a disk: one hashes while the other writes
 _COMMIT_SECONDS = 60.0  # a commit reads records and writes one small file
 _SAVE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
@@ -95,7 +95,7 @@ def save_model(
             pattern=template,
             max_part_bytes=parse_size(max_part_size),
         )
-        reads = reads_of([plan], threads=WRITE_THREADS, in_dest_order=True)
+        reads = reads_of([plan], threads=SAVE_THREADS, in_dest_order=True)
         report = _planned(place, topology, identifier, info, parts)
         report.bytes, report.bytes_wanted = nbytes_of(plan.tensors), bytes_wanted([plan])
         report.tensors = len(plan.tensors)
@@ -113,7 +113,7 @@ def save_model(
                     reads,
                     storage=TensorStorage(kept),
                     target=outputs,
-                    threads=WRITE_THREADS,
+                    threads=SAVE_THREADS,
                     progress=progress,
                     fills_memory=False,
                 )
