@@ -1,6 +1,6 @@
 # make demo   sets up, then shards, verifies and loads a real model (MODEL=path TP=2: your own)
 # make test   sets up, then tests
-# make lint   ruff and strict types
+# make lint   ruff, strict types, import order
 # make test-vllm   the tests against vLLM's own loader, in a venv of its own
 # make bench  measures speed against what else could be used
 
@@ -28,6 +28,7 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/mypy
+	$(BIN)/python -m pytest tests/test_architecture.py
 
 format: $(VENV)/.dev
 	$(BIN)/ruff format
