@@ -23,9 +23,9 @@ from shardstate.sharding import (
     Split,
     Topology,
     Vocabulary,
-    assign,
     check_shares,
     describe,
+    match_rules,
     parse_rules,
     rules_json,
     share,
@@ -38,6 +38,10 @@ kinds = st.one_of(
     st.builds(Split, st.integers(0, 63), st.integers(1, 512)),
     st.builds(KvHeads, st.integers(1, 64), st.integers(0, 63)),
 )
+
+
+def assign(names, rules, *, where):
+    return [rule.kind for rule in match_rules(names, rules, where=where)]
 
 
 def parse(text: str, config: dict[str, Any] | None = None) -> tuple[Rule, ...]:

@@ -51,9 +51,8 @@ class Checkpoint:
     topology: Topology | None = None  # of a set
     catalog: Catalog | None = None  # of an ordinary checkpoint
     manifest: Manifest | None = None
-    parts: Mapping[int, tuple[str, ...]] = field(
-        default_factory=dict
-    )  # of vLLM's own sets, by rank
+    # The files of a set that vLLM wrote, by rank.
+    parts: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
     bytes_meta: int = 0  # headers and JSON read so far
     _records: dict[int, tuple[Record, bytes]] = field(default_factory=dict)
     _catalogs: dict[int, Catalog] = field(default_factory=dict)

@@ -176,9 +176,7 @@ class SetWriter:
         """Commit one rank, whose parts are all published; `provenance` is the plan that made it."""
         storage = self._storage
         own = {entry.name for entry in files}
-        old = {
-            name for name in storage.entries() if (self._pattern.parse(name) or (-1,))[0] == rank
-        }
+        old = {name for name in storage.entries() if self._rank_of(name) == rank}
         for name in sorted((old | self._replaced) - own):
             storage.remove(name)
         if self._small is None:

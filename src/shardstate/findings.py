@@ -10,6 +10,7 @@ from shardstate.manifest import (
     Manifest,
     PartEntry,
     Record,
+    SetInfo,
 )
 from shardstate.plan import Plan
 from shardstate.report import Problem
@@ -36,11 +37,11 @@ class Verification:
     records: dict[int, Record] = field(default_factory=dict)
 
     @property
-    def pattern(self) -> str | None:
-        """The pattern of rank files that the set says."""
-        infos = [record.info for record in self.records.values()]
-        infos += [self.manifest.info] if self.manifest is not None else []
-        return infos[-1].pattern if infos else None
+    def info(self) -> SetInfo | None:
+        """What the set says of itself: its manifest, or else a record."""
+        if self.manifest is not None:
+            return self.manifest.info
+        return next((record.info for record in self.records.values()), None)
 
     def add(
         self,

@@ -181,11 +181,6 @@ def match_rules(names: Iterable[str], rules: Sequence[Rule], *, where: str) -> l
     return found
 
 
-def assign(names: Iterable[str], rules: Sequence[Rule], *, where: str) -> list[Kind]:
-    """Return the kind of each of `names`, by the first rule that matches it."""
-    return [rule.kind for rule in match_rules(names, rules, where=where)]
-
-
 def check_shares(
     names: Sequence[str], shapes: Sequence[Shape], kinds: Sequence[Kind], *, world: int
 ) -> None:

@@ -97,16 +97,14 @@ def verify(
     report.bytes_read = sum(counters.bytes_read + more for counters, more in figures)
     report.requests = sum(counters.requests for counters, _ in figures)
     report.peak_extra_bytes = max((c.peak_extra_bytes for c, _ in figures), default=0)
-    if is_set and pattern is not None and found.pattern not in (None, pattern):
-        raise UsageError(f"pattern {pattern!r} contradicts the set's {found.pattern!r}")
+    info = found.info
+    if info is not None and pattern not in (None, info.pattern):
+        raise UsageError(f"pattern {pattern!r} contradicts the set's {info.pattern!r}")
     _verified(report, found, is_set and (full or source is not None))
     return phases.finish(report, main="read" if report.bytes_read else None)
 
 
 def _verified(report: Report, found: Verification, full: bool) -> None:
-    info = found.manifest.info if found.manifest else None
-    if info is None and found.records:
-        info = next(iter(found.records.values())).info
     report.bytes = found.bytes
     report.bytes_meta = found.bytes_meta
     if full:
@@ -120,7 +118,7 @@ def _verified(report: Report, found: Verification, full: bool) -> None:
     report.problems = tuple(found.problems)
     report.notes = tuple(found.notes)
     report.materialised = report.materialised_bytes = 0
-    if info is not None:
+    if (info := found.info) is not None:
         report.layout, report.stage = info.layout, info.stage
         report.topology = sizes_of(info.shape)
         report.committed = found.manifest is not None

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 
@@ -167,95 +169,70 @@ def load_rank(
     progress: Progress | None = None,
 ) -> tuple[dict[str, np.ndarray], Report]:
     """Do what `load` does, and return the report as well."""
+    with _damage_where(verify):
+        phases = Phases()
+        with open_path(path, pattern=pattern) as checkpoint:
+            with phases("open"):
+                report = describe_checkpoint(checkpoint)
+                if verify and checkpoint.kind != "shardstate":
+                    raise UsageError(
+                        f"{checkpoint.location}: no digests are recorded there, so nothing can be "
+                        f"verified; leave verify out, or shard it"
+                    )
+                if map and (checkpoint.catalog is not None or verify):
+                    raise UsageError(
+                        f"{checkpoint.location}: map takes the files of a set as they are and "
+                        f"reads nothing; leave verify out, and shard an ordinary checkpoint first"
+                    )
+            with phases("plan"):
+                made = rank_plan(checkpoint, rank, tp, layout, rules, dtype)
+                reads = [] if map else reads_of([made.plan], threads=threads or READ_THREADS)
+                write_planned(report, [made.plan], reads, checkpoint)
+                report.ranks = (rank,)
+                report.topology = sizes_of(made.topology)
+                notes = extra_notes(checkpoint, rank)
+                if checkpoint.kind == "vllm":
+                    notes.append(f"nothing vouches for the bytes of {checkpoint.location}")
+            with phases("read"):
+                catalog = made.plan.catalog
+                arrays = _mapped(checkpoint, catalog) if map else allocate(made.plan.tensors)
+                digests = stored_digests(made.plan.catalog) if verify else None
+                target = MemoryTarget(
+                    [array.reshape(-1).view(np.uint8) for array in arrays.values()], digests=digests
+                )
+                counters = execute(
+                    reads,
+                    storage=checkpoint.storage,
+                    target=target,
+                    threads=threads or READ_THREADS,
+                    progress=progress,
+                    fills_memory=True,
+                )
+                write_counted(report, counters)
+                problems = check_blocks(checkpoint, digests, rank) if digests is not None else ()
+                if checkpoint.kind == "shardstate":
+                    for group in checkpoint.record(rank).aliases:
+                        arrays |= {name: arrays[group[0]] for name in group if group[0] in arrays}
+            phases.finish(report, main=None if map else "read")
+        if verify:
+            report.problems = problems
+            raise_damage(report)
+        report.notes = tuple(notes) or None
+        log_loaded(report, rank=rank, verify=verify, way=f"layout={report.layout}")
+        return arrays, report
+
+
+@contextmanager
+def _damage_where(verify: bool) -> Iterator[None]:
+    """Let a wrong digest of a header, record or manifest count as damage where one verifies."""
     try:
-        return _load_rank(
-            path, rank, tp, layout, rules, dtype, pattern, verify, map, threads, progress
-        )
+        yield
     except DigestError as error:
         if not verify:
             raise
         name = error.file or ""
         problem = Problem(os.path.basename(name), error.tensor, str(error), "digest")
         raise DamageError(str(error), file=name, report=Report(problems=(problem,))) from None
-
-
-def _load_rank(
-    path: str | os.PathLike[str],
-    rank: int,
-    tp: int | None,
-    layout: str,
-    rules: RulesArgument,
-    dtype: str,
-    pattern: str | None,
-    verify: bool,
-    map: bool,  # noqa: A002
-    threads: int | None,
-    progress: Progress | None,
-) -> tuple[dict[str, np.ndarray], Report]:
-    phases = Phases()
-    with open_path(path, pattern=pattern) as checkpoint:
-        with phases("open"):
-            report = describe_checkpoint(checkpoint)
-            if verify and checkpoint.kind != "shardstate":
-                raise UsageError(
-                    f"{checkpoint.location}: no digests are recorded there, so nothing can be "
-                    f"verified; leave verify out, or shard it"
-                )
-            if map and (checkpoint.catalog is not None or verify):
-                raise UsageError(
-                    f"{checkpoint.location}: map takes the files of a set as they are and reads "
-                    f"nothing; leave verify out, and shard an ordinary checkpoint first"
-                )
-        with phases("plan"):
-            made = rank_plan(checkpoint, rank, tp, layout, rules, dtype)
-            reads = [] if map else reads_of([made.plan], threads=threads or READ_THREADS)
-            write_planned(report, [made.plan], reads, checkpoint)
-            report.ranks = (rank,)
-            report.topology = sizes_of(made.topology)
-            notes = extra_notes(checkpoint, rank)
-            if checkpoint.kind == "vllm":
-                notes.append(f"nothing vouches for the bytes of {checkpoint.location}")
-        with phases("read"):
-            catalog = made.plan.catalog
-            arrays = _mapped(checkpoint, catalog) if map else allocate(made.plan.tensors)
-            digests = stored_digests(made.plan.catalog) if verify else None
-            target = MemoryTarget(
-                [array.reshape(-1).view(np.uint8) for array in arrays.values()], digests=digests
-            )
-            counters = execute(
-                reads,
-                storage=checkpoint.storage,
-                target=target,
-                threads=threads or READ_THREADS,
-                progress=progress,
-                fills_memory=True,
-            )
-            write_counted(report, counters)
-            problems = check_blocks(checkpoint, digests, rank) if digests is not None else ()
-            if checkpoint.kind == "shardstate":
-                for group in checkpoint.record(rank).aliases:
-                    arrays |= {name: arrays[group[0]] for name in group if group[0] in arrays}
-        phases.finish(report, main=None if map else "read")
-    if verify:
-        report.problems = problems
-        raise_damage(report)
-    report.notes = tuple(notes) or None
-    mode = "recorded" if checkpoint.kind == "checkpoint" else "sharded"
-    _log.info(
-        "shardstate: rank=%d mode=%s layout=%s bytes=%d wanted=%d read=%d requests=%d "
-        "seconds=%.3f gbps=%.2f verify=%s",
-        rank,
-        mode,
-        report.layout,
-        report.bytes,
-        report.bytes_wanted,
-        report.bytes_read,
-        report.requests,
-        report.seconds,
-        report.gbps or 0.0,
-        "yes" if verify else "no",
-    )
-    return arrays, report
 
 
 def _mapped(checkpoint: Checkpoint, catalog: Catalog) -> dict[str, np.ndarray]:
@@ -295,4 +272,22 @@ def raise_damage(report: Report) -> None:
         f"{first.file}: {first.tensor}: {first.problem}{f' (and {more} more)' if more else ''}",
         file=first.file,
         report=report,
+    )
+
+
+def log_loaded(report: Report, *, rank: int, verify: bool, way: str) -> None:
+    """Log the one line that says how a rank was loaded; `way` is a key=value pair of the caller."""
+    _log.info(
+        "shardstate: rank=%d mode=%s %s bytes=%d wanted=%d read=%d requests=%d "
+        "seconds=%.3f gbps=%.2f verify=%s",
+        rank,
+        "recorded" if report.kind == "checkpoint" else "sharded",
+        way,
+        report.bytes,
+        report.bytes_wanted,
+        report.bytes_read,
+        report.requests,
+        report.seconds,
+        report.gbps or 0.0,
+        "yes" if verify else "no",
     )

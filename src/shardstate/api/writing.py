@@ -33,6 +33,7 @@ from shardstate.errors import (
     TargetError,
     UsageError,
 )
+from shardstate.inventory import Identity
 from shardstate.manifest import PartEntry, SetInfo, Sizes, Source, set_id
 from shardstate.names import DEFAULT_PATTERN, check_pattern
 from shardstate.parts import PartFile, plan_parts
@@ -197,7 +198,7 @@ def _refuse_nested(source: str, out: str) -> None:
         raise TargetError(f"{out}: is no directory; choose another place")
 
 
-def _identity(storage: Storage, files: Sequence[str]) -> tuple[tuple[int | str, ...], ...]:
+def _identity(storage: Storage, files: Sequence[str]) -> Identity:
     """Return what changes when one of `files` does."""
     entries = storage.entries()
     return tuple((name, *entries[name].identity) for name in files if name in entries)
@@ -208,7 +209,7 @@ def _write(
     *,
     source: Storage,
     files: Sequence[str],
-    identity: tuple[tuple[int | str, ...], ...],
+    identity: Identity,
     target: Writable,
     plans: Mapping[int, Plan],
     parts: Mapping[int, Sequence[PartFile]],

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from shardstate.api.loading import check_blocks, raise_damage, stored_digests
+from shardstate.api.loading import check_blocks, log_loaded, raise_damage, stored_digests
 from shardstate.api.planning import (
     READ_THREADS,
     Made,
@@ -117,21 +117,7 @@ def load_model(
                 goal.copy_(twin)
     phases.finish(report, main="read")
     raise_damage(report)
-    mode = "recorded" if checkpoint.kind == "checkpoint" else "sharded"
-    _log.info(
-        "shardstate: rank=%d mode=%s backend=%s bytes=%d wanted=%d read=%d requests=%d "
-        "seconds=%.3f gbps=%.2f verify=%s",
-        place.index,
-        mode,
-        backend,
-        report.bytes,
-        report.bytes_wanted,
-        report.bytes_read,
-        report.requests,
-        report.seconds,
-        report.gbps or 0.0,
-        "yes" if verify else "no",
-    )
+    log_loaded(report, rank=place.index, verify=verify, way=f"backend={backend}")
     return report
 
 
