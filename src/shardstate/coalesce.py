@@ -6,21 +6,46 @@ are served from it. Everything is planned before the first byte moves.
 Copies are cut along their outermost source loop, at the same places for all ranks, so that in one
 pass over several ranks each source byte is read once. Contiguous pieces end where the digest blocks
 of their destination end.
+
+A rank file is one stream, so its pieces come in the order of their destination. Copies that keep
+the order of their source have it from the start. Transposes, and copies that interleave, do not:
+their destination is cut into windows, and what only several pieces together make of a window is a
+*segment*, to be assembled in memory. All pieces of a segment come before those of the next, so that
+whoever waits for earlier bytes waits for a read that began before his own.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from operator import itemgetter
+from typing import NamedTuple
 
 from shardstate.digest import BLOCK_BYTES
 from shardstate.dtypes import DTYPES
-from shardstate.layout import Move, canonical
-from shardstate.plan import Copy, Fill, Literal, Plan
+from shardstate.layout import Loop, Move, canonical
+from shardstate.plan import Plan
 
 # Gaps that are read over may cost this much of what contiguous copies want, in all.
 OVERREAD = 0.04
+
+# Memory for all segments that are being assembled. Each slot has an equal share of it.
+ASSEMBLY_BYTES = 64 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Bytes `[begin, end)` of a tensor that several pieces make together."""
+
+    begin: int  # bytes from the tensor's first byte
+    end: int
+    at: int  # bytes of all segments of the slot that come before
+
+    @property
+    def nbytes(self) -> int:
+        return self.end - self.begin
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +60,7 @@ class Piece:
     source: int  # row of that plan's catalog; -1 for a constant
     base: int  # where the source tensor begins: bytes from the start of the file
     value: bytes | None = None  # a constant: what stands in for the file
+    segment: Segment | None = None  # where it is assembled; in destination order only
 
     @property
     def begin(self) -> int:
@@ -44,13 +70,20 @@ class Piece:
     @property
     def end(self) -> int:
         """One past the last byte of the file that the piece needs."""
-        return self.base + self.move.source_region.end * DTYPES[self.source_dtype].itemsize
+        reach = sum([(n - 1) * s for n, s, _ in self.move.loops])
+        return self.base + (self.move.source + reach + 1) * DTYPES[self.source_dtype].itemsize
 
     @property
     def source_run(self) -> bool:
         """Whether what it needs is contiguous in the file."""
         loops = self.move.loops
         return not loops or (len(loops) == 1 and loops[0][1] == 1)
+
+    @property
+    def source_full(self) -> bool:
+        """Whether it needs all bytes from its first to its last, in whatever order."""
+        width = DTYPES[self.source_dtype].itemsize
+        return self.source_run or self.end - self.begin == self.move.size * width
 
     @property
     def dest_run(self) -> tuple[int, int] | None:
@@ -63,6 +96,13 @@ class Piece:
             size *= n
         width = DTYPES[self.dest_dtype].itemsize
         return self.move.dest * width, (self.move.dest + size) * width
+
+    @property
+    def dest_span(self) -> tuple[int, int]:
+        """The bytes of the tensor from the first to the last that it fills, as [begin, end)."""
+        width = DTYPES[self.dest_dtype].itemsize
+        reach = sum([(n - 1) * d for n, _, d in self.move.loops])
+        return self.move.dest * width, (self.move.dest + reach + 1) * width
 
     @property
     def nbytes(self) -> int:
@@ -84,6 +124,18 @@ class Read:
         return self.end - self.begin
 
 
+_Part = tuple[Piece, int]  # an entry of a plan, whole or cut, and the number of its file
+
+
+@dataclass(frozen=True, slots=True)
+class _Limits:
+    """What pieces keep to, in bytes."""
+
+    piece: int  # either side of a piece
+    gap: int  # between iterations that are read together
+    room: int  # all segments that a slot assembles at a time
+
+
 def plan_reads(
     plans: Sequence[Plan],
     *,
@@ -92,41 +144,37 @@ def plan_reads(
     read_bytes: int,
     max_gap_bytes: int,
     wanted: Sequence[frozenset[int]] | None = None,
+    assembly_bytes: int = ASSEMBLY_BYTES,
 ) -> list[Read]:
     """Return the reads that carry out `plans`, whose catalogs lie in one storage.
 
     `in_dest_order`: by destination tensor, all plans in step, so that each output is one sequential
     stream; otherwise by file and offset. `wanted` limits each plan to some rows of its tensors.
     A read has at most `read_bytes`, unless its pieces overlap in the file. Gaps of up to
-    `max_gap_bytes` are read over, the smallest first, as far as `OVERREAD` allows.
+    `max_gap_bytes` are read over, the smallest first, as far as `OVERREAD` allows. A segment has at
+    most an equal share of `assembly_bytes` for each plan: where that is less than a transpose
+    needs, the same bytes are read again for each segment.
     """
     names = sorted({name for plan in plans for name in plan.catalog.files})
     number_of = {name: i for i, name in enumerate(names)}
+    limits = _Limits(piece_bytes, max_gap_bytes, assembly_bytes // max(1, len(plans)))
     keyed: list[tuple[tuple[int, ...], Piece]] = []
     for slot, plan in enumerate(plans):
-        file_number = [*(number_of[name] for name in plan.catalog.files), -1]
         rows = None if wanted is None else wanted[slot]
-        by_dest: dict[int, list[tuple[int, Copy | Fill | Literal]]] = defaultdict(list)
-        for copy in plan:
-            begin = copy.move.dest * DTYPES[copy.dest_dtype].itemsize
-            by_dest[copy.dest].append((begin, copy))
-        for fill in plan.fills:
-            by_dest[fill.dest].append((fill.region.offset * DTYPES[fill.dtype].itemsize, fill))
-        for literal in plan.literals:
-            by_dest[literal.dest].append((literal.begin, literal))
-        for dest in sorted(by_dest):
-            if rows is not None and dest not in rows:
-                continue
-            each = sorted(by_dest[dest], key=lambda pair: pair[0])
-            for number, (_, part) in enumerate(each):
-                for piece, file in _pieces(part, plan, slot, piece_bytes, max_gap_bytes):
-                    place = (file_number[file], piece.begin, slot, piece.move.dest)
-                    key = (dest, number, *place) if in_dest_order else (*place, dest)
-                    keyed.append((key, piece))
+        parts = _parts(plan, slot, [number_of[name] for name in plan.catalog.files])
+        if rows is not None:
+            parts = (part for part in parts if part[0].dest in rows)
+        if in_dest_order:
+            keyed.extend(_in_dest_order(parts, limits))
+            continue
+        for whole, file in parts:
+            for piece in _pieces(whole, limits):
+                keyed.append(((file, piece.begin, slot, piece.move.dest, piece.dest), piece))
     keyed.sort(key=lambda pair: pair[0])
-    files = [key[2] if in_dest_order else key[0] for key, _ in keyed]
+    place = 3 if in_dest_order else 0  # where keys hold the file and the first byte
+    files = [key[place] for key, _ in keyed]
     pieces = [piece for _, piece in keyed]
-    spans = [(piece.begin, piece.end) for piece in pieces]
+    spans = [(key[place + 1], piece.end) for key, piece in keyed]
     bridged = _bridged_gaps(pieces, spans, files, max_gap_bytes)
     reads: list[Read] = []
     start, begin, end = 0, 0, 0
@@ -171,7 +219,7 @@ def _bridged_gaps(
             end = a
         elif 0 < a - end <= max_gap_bytes:
             gaps.append((a - end, i))
-        if pieces[i].source_run:
+        if pieces[i].source_full:
             wanted += max(0, b - max(a, end))
         end = max(end, b)
     budget = OVERREAD * wanted
@@ -184,27 +232,214 @@ def _bridged_gaps(
     return bridged
 
 
-def _pieces(
-    part: Copy | Fill | Literal, plan: Plan, slot: int, limit: int, max_gap_bytes: int
-) -> Iterator[tuple[Piece, int]]:
-    """Yield the pieces of one entry of a plan, each with the number of its file (-1: constant)."""
-    match part:
-        case Copy(source, dest, source_dtype, dest_dtype, move):
-            base, file, value = (
-                int(plan.catalog.begin[source]),
-                int(plan.catalog.file[source]),
-                None,
-            )
-        case Fill(dest, source_dtype, region, value):
-            dest_dtype, source, base, file = source_dtype, -1, 0, -1
-            move = Move(0, region.offset, canonical((n, 0, s) for n, s in region.loops))
-        case Literal(dest, begin, value):
-            source_dtype = dest_dtype = "U8"
-            source, base, file = -1, 0, -1
-            move = Move(0, begin, canonical([(len(value), 1, 1)]))
-    widths = DTYPES[source_dtype].itemsize, DTYPES[dest_dtype].itemsize
-    for cut in _cut(move, widths, limit, max_gap_bytes):
-        yield Piece(slot, dest, cut, source_dtype, dest_dtype, source, base, value), file
+def _parts(plan: Plan, slot: int, file_number: Sequence[int]) -> Iterator[_Part]:
+    """Yield the entries of a plan, whole. The number of a constant's file is -1."""
+    files, begins = plan.catalog.file.tolist(), plan.catalog.begin.tolist()
+    for copy in plan:
+        row, tags = copy.source, (copy.source_dtype, copy.dest_dtype)
+        yield Piece(slot, copy.dest, copy.move, *tags, row, begins[row]), file_number[files[row]]
+    for fill in plan.fills:
+        move = Move(0, fill.region.offset, canonical((n, 0, s) for n, s in fill.region.loops))
+        yield Piece(slot, fill.dest, move, fill.dtype, fill.dtype, -1, 0, fill.value), -1
+    for literal in plan.literals:
+        move = Move(0, literal.begin, canonical([(len(literal.data), 1, 1)]))
+        yield Piece(slot, literal.dest, move, "U8", "U8", -1, 0, literal.data), -1
+
+
+def _in_dest_order(
+    parts: Iterable[_Part], limits: _Limits
+) -> Iterator[tuple[tuple[int, ...], Piece]]:
+    """Yield the pieces of one plan, each with what sorts them: for every tensor one stream."""
+    by_dest: dict[int, list[_Part]] = defaultdict(list)
+    for part in parts:
+        by_dest[part[0].dest].append(part)
+    assembled = 0
+    for dest in sorted(by_dest):
+        for number, cluster in enumerate(_clusters(by_dest[dest], limits.room)):
+            for group, together in _groups(cluster, limits):
+                segment = None
+                if together:
+                    segment = Segment(group.begin, group.end, assembled)
+                    assembled += segment.nbytes
+                # Within a group by place in the file: there the ranks are in step.
+                place = dest, number, group.begin - cluster.begin
+                for piece, file in group.parts:
+                    if segment is not None:
+                        piece = _part_of(piece, piece.move, segment)
+                    yield (*place, file, piece.begin, piece.slot, piece.move.dest), piece
+
+
+class _Cluster(NamedTuple):
+    """Parts of one destination tensor that belong together, from its byte `begin` to `end`."""
+
+    begin: int
+    end: int
+    parts: list[_Part]
+    sharing: bool  # whether some belong here only because they read the same bytes
+
+
+def _clusters(parts: Iterable[_Part], room: int) -> Iterator[_Cluster]:
+    """Yield `parts` of one tensor in its order; those together whose destinations interleave.
+
+    Those together as well that read the same bytes, as far as they fit into `room`: assembled
+    together, they need these bytes once.
+    """
+    found: list[_Part] = []
+    first = last = 0
+    sharing = False
+    latest: dict[int, Piece] = {}  # the last part of the cluster that reads this source
+    spans = [(*part[0].dest_span, part) for part in parts]
+    spans.sort(key=itemgetter(0))
+    for begin, end, part in spans:
+        piece = part[0]
+        if found and begin >= last:
+            other = latest.get(piece.source)
+            if (
+                other is not None
+                and max(other.begin, piece.begin) < min(other.end, piece.end)
+                and end - first <= room
+            ):
+                sharing = True
+            else:
+                yield _Cluster(first, last, found, sharing)
+                found, sharing, latest = [], False, {}
+        if not found:
+            first, last = begin, end
+        if piece.value is None:
+            latest[piece.source] = piece
+        last = max(last, end)
+        found.append(part)
+    if found:
+        yield _Cluster(first, last, found, sharing)
+
+
+def _groups(cluster: _Cluster, limits: _Limits) -> Iterator[tuple[_Cluster, bool]]:
+    """Yield the pieces of a cluster in groups, and whether a group is assembled in a segment.
+
+    In the order of the destination: a group ends before the next one begins.
+    """
+    begin, end, parts, sharing = cluster
+    one_stream = len(parts) == 1 and _keeps_order(parts[0][0])
+    whole = sharing and end - begin <= limits.room
+    step = end - begin if one_stream or whole else _window(cluster, limits)
+    if step < end - begin:
+        unit = _unit(cluster)
+        windows: dict[int, list[_Part]] = defaultdict(list)
+        for piece, file in parts:
+            width = DTYPES[piece.dest_dtype].itemsize
+            for number, move in _windows(piece.move, begin // unit * unit // width, step // width):
+                windows[number].append((_part_of(piece, move), file))
+        for number in sorted(windows):
+            for inner in _clusters(windows[number], limits.room):
+                yield from _groups(inner, limits)
+        return
+    pieces = [(piece, file) for each, file in parts for piece in _pieces(each, limits)]
+    if one_stream or whole:
+        yield _Cluster(begin, end, pieces, sharing), whole
+        return
+    for group in _clusters(pieces, 0):
+        yield group, len(group.parts) > 1
+
+
+@lru_cache(maxsize=4096)
+def _runs_forward(loops: tuple[Loop, ...], constant: bool) -> bool:
+    """Whether loops fill one run of the destination while the source only goes forward."""
+    size = reach = 1
+    for n, source, dest in reversed(loops):
+        if dest != size or (source < reach and not constant):
+            return False
+        size *= n
+        reach += (n - 1) * source
+    return True
+
+
+def _keeps_order(piece: Piece) -> bool:
+    """Whether what `_cut` makes of it are runs of the destination, one after the other."""
+    return _runs_forward(piece.move.loops, piece.value is not None)
+
+
+def _unit(cluster: _Cluster) -> int:
+    """Return the widest element of a cluster, bytes: it is cut only at multiples of that."""
+    return max(DTYPES[piece.dest_dtype].itemsize for piece, _ in cluster.parts)
+
+
+def _window(cluster: _Cluster, limits: _Limits) -> int:
+    """Return the bytes of destination after which a cluster is cut; its own size: not at all."""
+    size = cluster.end - cluster.begin
+    unit = _unit(cluster)
+    outer = [(piece, piece.move.loops[0]) for piece, _ in cluster.parts if piece.move.loops]
+    step = max(loop[2] * DTYPES[piece.dest_dtype].itemsize for piece, loop in outer)
+    step = -(-step // unit) * unit
+    if any(_turns(piece) for piece, _ in outer):
+        # A cut along the destination leaves pieces that read the same bytes of the source, or
+        # nearly so. All that fits is assembled from one pass over it; else there is one pass for
+        # each window, and so it is as large as can be.
+        if size <= limits.room:
+            return size
+        return max(1, limits.room // step) * step
+    limit = min(limits.piece, limits.room)
+    if size <= limit and all(piece.end - piece.begin <= limits.piece for piece, _ in cluster.parts):
+        return size
+    count = limit // step
+    for piece, (_, source, dest) in outer:
+        widths = DTYPES[piece.source_dtype].itemsize, DTYPES[piece.dest_dtype].itemsize
+        if source:
+            count = min(count, limits.piece * dest * widths[1] // (source * widths[0] * step))
+    return max(1, count) * step
+
+
+def _turns(piece: Piece) -> bool:
+    """Whether the outermost loop of the destination steps over less than it needs of the source."""
+    (_, source, _), *inner = piece.move.loops
+    return piece.value is None and source <= sum((n - 1) * s for n, s, _ in inner)
+
+
+def _windows(move: Move, begin: int, size: int) -> Iterator[tuple[int, Move]]:
+    """Yield what `move` brings into each window of the destination, and the window's number.
+
+    Window i holds the elements from `begin + i * size` on, up to the next one.
+    """
+    number = (move.dest - begin) // size
+    if not move.loops:
+        yield number, move
+        return
+    (n, source, dest), *inner = move.loops
+    extent = 1 + sum((m - 1) * d for m, _, d in inner)
+    at = 0
+    while at < n:
+        here = move.dest + at * dest
+        number = (here - begin) // size
+        # Iterations that end before the window does; none: the next one lies in two windows.
+        room = begin + (number + 1) * size - here - extent
+        count = min(n - at, room // dest + 1)
+        if count > 0:
+            loops = canonical([(count, source, dest), *inner])
+            yield number, Move(move.source + at * source, here, loops)
+        else:
+            yield from _windows(Move(move.source + at * source, here, tuple(inner)), begin, size)
+        at += max(1, count)
+
+
+def _part_of(piece: Piece, move: Move, segment: Segment | None = None) -> Piece:
+    """Return what `move` says of a piece's elements, without the rest of them."""
+    return Piece(
+        piece.slot,
+        piece.dest,
+        move,
+        piece.source_dtype,
+        piece.dest_dtype,
+        piece.source,
+        piece.base,
+        piece.value,
+        segment,
+    )
+
+
+def _pieces(whole: Piece, limits: _Limits) -> Iterator[Piece]:
+    """Yield `whole` in pieces that keep to the limits."""
+    widths = DTYPES[whole.source_dtype].itemsize, DTYPES[whole.dest_dtype].itemsize
+    for move in _cut(whole.move, widths, limits.piece, limits.gap):
+        yield whole if move is whole.move else _part_of(whole, move)
 
 
 def _cut(move: Move, widths: tuple[int, int], limit: int, max_gap_bytes: int) -> Iterator[Move]:

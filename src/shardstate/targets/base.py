@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Protocol
 
 import numpy as np
 
-from shardstate.coalesce import Piece, Read
+from shardstate.coalesce import Piece, Read, Segment
 from shardstate.dtypes import DTYPES, cast_array, numpy_dtype
 
 
@@ -55,14 +56,68 @@ def spread(piece: Piece, values: np.ndarray, around: np.ndarray) -> np.ndarray:
     return found
 
 
-def transfer(piece: Piece, read: Read, staged: np.ndarray | None, memory: np.ndarray) -> None:
-    """Put what `piece` brings into the tensor whose bytes are `memory`."""
+def transfer(
+    piece: Piece, read: Read, staged: np.ndarray | None, memory: np.ndarray, begin: int = 0
+) -> None:
+    """Put what `piece` brings into the tensor whose bytes from `begin` on are `memory`."""
     origin, offset = _origin(piece, read, staged)
-    goal = _side(memory, piece.move.dest * DTYPES[piece.dest_dtype].itemsize, piece, 2)
+    goal = _side(memory, piece.move.dest * DTYPES[piece.dest_dtype].itemsize - begin, piece, 2)
     values = _side(origin, offset, piece, 1)
     if piece.source_dtype != piece.dest_dtype:
         values = _cast(piece, np.ascontiguousarray(values)).view(goal.dtype)
     goal[...] = values
+
+
+class Assembly:
+    """The segments of one slot while their pieces arrive; together they keep to `room` bytes.
+
+    Whoever brings a piece waits until its segment fits, counted from the earliest one that is not
+    released. So only for earlier segments, whose pieces are in hand: reads begin in their order.
+    """
+
+    def __init__(self, room: int) -> None:
+        self._room = room
+        self._condition = threading.Condition()
+        self._memory: dict[int, np.ndarray] = {}  # by where the segment comes (`Segment.at`)
+        self._missing: dict[int, int] = {}  # bytes that have not arrived
+        self._released: dict[int, int] = {}  # begin → end of what is released out of turn
+        self._first = 0  # all before is released
+        self._stopped = False
+
+    def put(self, piece: Piece, read: Read, staged: np.ndarray | None) -> np.ndarray | None:
+        """Return the bytes of the piece's segment if this was the last one of it, else None."""
+        segment = piece.segment
+        assert segment is not None, "a piece without a segment is complete by itself"
+        with self._condition:
+            while (
+                self._first < segment.at and segment.at + segment.nbytes > self._first + self._room
+            ):
+                if self._stopped:
+                    return None
+                self._condition.wait()
+            if segment.at not in self._memory:
+                self._memory[segment.at] = np.empty(segment.nbytes, dtype=np.uint8)
+                self._missing[segment.at] = segment.nbytes
+            memory = self._memory[segment.at]
+        transfer(piece, read, staged, memory, segment.begin)
+        with self._condition:
+            self._missing[segment.at] -= piece.nbytes
+            return None if self._missing[segment.at] else memory
+
+    def release(self, segment: Segment) -> None:
+        """Forget a segment that is complete: its bytes are not needed any more."""
+        with self._condition:
+            del self._memory[segment.at], self._missing[segment.at]
+            self._released[segment.at] = segment.at + segment.nbytes
+            while self._first in self._released:
+                self._first = self._released.pop(self._first)
+            self._condition.notify_all()
+
+    def stop(self) -> None:
+        """Let every thread that waits here give up."""
+        with self._condition:
+            self._stopped = True
+            self._condition.notify_all()
 
 
 def _origin(piece: Piece, read: Read, staged: np.ndarray | None) -> tuple[np.ndarray, int]:

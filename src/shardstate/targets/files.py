@@ -7,14 +7,16 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from shardstate.coalesce import Piece, Read
-from shardstate.digest import rank_file_digest
-from shardstate.errors import NotNested
+from shardstate.coalesce import ASSEMBLY_BYTES, Piece, Read
+from shardstate.digest import BLOCK_BYTES, rank_file_digest
 from shardstate.manifest import PartEntry
 from shardstate.parts import PartFile
 from shardstate.storage import Output, Writable
-from shardstate.targets.base import moved
+from shardstate.targets.base import Assembly, moved
 from shardstate.targets.hashing import TensorHasher
+
+# Neighbours in one file go out in one call, up to this: a model has thousands of small tensors.
+_WRITE_BYTES = 2 * BLOCK_BYTES
 
 
 class _Open:
@@ -39,7 +41,7 @@ class FilesTarget:
 
     Slot i of the plans writes `parts[i]`. A part is opened when its first byte comes, fsynced and
     renamed as soon as its last one is written, while others go on. On leaving the context what is
-    unfinished is discarded.
+    unfinished is discarded. Segments are assembled in `assembly_bytes` of memory, at most.
     """
 
     def __init__(
@@ -47,11 +49,13 @@ class FilesTarget:
         storage: Writable,
         parts: Sequence[Sequence[PartFile]],
         finished: Callable[[PartFile, PartEntry], None],
+        assembly_bytes: int = ASSEMBLY_BYTES,
     ) -> None:
         self._storage, self._parts, self._finished = storage, parts, finished
         self._lock = threading.Lock()
         self._open: dict[str, _Open] = {}
         self._stopped = False
+        self._assemblies = [Assembly(assembly_bytes // len(parts)) for _ in parts]
         # Row of a slot's tensors → its part, the tensor's number in it, its first byte.
         self._places = [
             {
@@ -77,21 +81,25 @@ class FilesTarget:
         return None
 
     def accept(self, read: Read, staged: np.ndarray | None) -> None:
-        # Neighbours in one file go out in one call: a model has thousands of small tensors.
         pending: list[memoryview] = []
         opened, begin, end = None, 0, 0
         for piece in read.pieces:
             part, number, first = self._places[piece.slot][piece.dest]
             into = self._opened(part)
+            if piece.segment is not None:
+                assembly = self._assemblies[piece.slot]
+                whole = assembly.put(piece, read, staged)
+                if whole is not None:
+                    into.hashers[number].update(piece.segment.begin, whole)
+                    self._write(into, first + piece.segment.begin, [whole.data])
+                    del whole
+                    assembly.release(piece.segment)
+                continue
             run = piece.dest_run
-            if run is None:
-                raise NotNested(
-                    f"{into.part.name}: a tensor would have to be written out of order; "
-                    f"shard from the source"
-                )
+            assert run is not None, "pieces in destination order are runs, or parts of a segment"
             values = moved(piece, read, staged)
             into.hashers[number].update(run[0], values)
-            if into is not opened or first + run[0] != end:
+            if into is not opened or first + run[0] != end or first + run[1] - begin > _WRITE_BYTES:
                 if opened is not None:
                     self._write(opened, begin, pending)
                 pending, opened, begin = [], into, first + run[0]
@@ -106,6 +114,8 @@ class FilesTarget:
             opened = list(self._open.values())
         for part in opened:
             part.stop()
+        for assembly in self._assemblies:
+            assembly.stop()
 
     def _opened(self, part: PartFile) -> _Open:
         with self._lock:

@@ -1,0 +1,409 @@
+"""Plans that leave the order of their sources, written to rank files: compared with numpy."""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+
+import numpy as np
+from blake3 import blake3
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shardstate.catalog import Catalog, Tensors, catalog_of
+from shardstate.coalesce import ASSEMBLY_BYTES, Read, Segment, plan_reads
+from shardstate.digest import BLOCK_BYTES
+from shardstate.dtypes import DTYPES, cast_array, numpy_dtype
+from shardstate.engine import Counters, execute
+from shardstate.header import PREFIX_BYTES, parse_header, serialise_header
+from shardstate.layout import Move, Region, canonical, runs
+from shardstate.manifest import PartEntry
+from shardstate.names import Pattern
+from shardstate.parts import PartFile, plan_parts
+from shardstate.plan import Copy, Fill, Literal, Plan, make_plan
+from shardstate.storage import LocalStorage
+from shardstate.targets import FilesTarget
+
+FLOATS = ("F64", "F32", "F16", "BF16")
+SECONDS = 60  # no run here needs more than a few
+MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None  # hundreds of runs, each with fsync
+
+Arrays = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What is asked of `plan_reads` and of a target."""
+
+    piece: int = BLOCK_BYTES
+    read: int = 2 * BLOCK_BYTES
+    gap: int = 256 << 10
+    room: int = ASSEMBLY_BYTES
+    threads: int = 2
+
+
+@dataclass
+class Rank:
+    """A plan while it is made, and what numpy makes of it."""
+
+    made: list[np.ndarray] = field(default_factory=list)
+    tags: list[str] = field(default_factory=list)
+    copies: list[Copy] = field(default_factory=list)
+    fills: list[Fill] = field(default_factory=list)
+    literals: list[Literal] = field(default_factory=list)
+
+    def tensor(self, tag: str, *shape: int) -> np.ndarray:
+        """Return a new tensor, full of what must not stay."""
+        raw = np.full(prod(shape) * DTYPES[tag].itemsize, 0xA5, np.uint8)
+        self.made.append(raw.view(numpy_dtype(tag)).reshape(shape))
+        self.tags.append(tag)
+        return self.made[-1]
+
+    def copy(
+        self, number: int, source: np.ndarray, taken: np.ndarray, tag: str, view: np.ndarray
+    ) -> None:
+        """Note, and do, that `view` of the last tensor is `taken`, a view of source `number`."""
+        view[...] = cast_array(np.ascontiguousarray(taken), self.tags[-1])
+        here, there = place_of(source, taken), place_of(self.made[-1], view)
+        loops = canonical(zip(taken.shape, here[1], there[1], strict=True))
+        row, own = len(self.made) - 1, self.tags[-1]
+        self.copies.append(Copy(number, row, tag, own, Move(here[0], there[0], loops)))
+
+    def as_bytes(self) -> None:
+        """Say the last copy in bytes."""
+        copy = self.copies.pop()
+        width = DTYPES[copy.source_dtype].itemsize
+        scaled = [(n, s * width, d * width) for n, s, d in copy.move.loops]
+        loops = canonical([*scaled, (width, 1, 1)])
+        move = Move(copy.move.source * width, copy.move.dest * width, loops)
+        self.copies.append(Copy(copy.source, copy.dest, "U8", "U8", move))
+
+    def fill(self, value: np.ndarray, view: np.ndarray) -> None:
+        view[...] = value
+        offset, strides = place_of(self.made[-1], view)
+        loops = canonical((n, 0, d) for n, d in zip(view.shape, strides, strict=True))
+        region = Region(offset, tuple((n, d) for n, _, d in loops))
+        self.fills.append(Fill(len(self.made) - 1, self.tags[-1], region, value.tobytes()))
+
+    def literal(self, values: np.ndarray, view: np.ndarray) -> None:
+        view[...] = values
+        offset, strides = place_of(self.made[-1], view)
+        width, flat = view.dtype.itemsize, self.made[-1].reshape(-1).view(np.uint8)
+        for begin, end in runs(Region(offset, tuple(zip(view.shape, strides, strict=True)))):
+            data = flat[begin * width : end * width].tobytes()
+            self.literals.append(Literal(len(self.made) - 1, begin * width, data))
+
+    def plan(self, catalog: Catalog) -> Plan:
+        names = tuple(f"t{i}" for i in range(len(self.made)))
+        tensors = Tensors(names, tuple(self.tags), tuple(each.shape for each in self.made))
+        return make_plan(catalog, tensors, self.copies, self.fills, self.literals)
+
+
+def place_of(whole: np.ndarray, view: np.ndarray) -> tuple[int, list[int]]:
+    """Return where the first element of `view` lies in `whole`, and its strides; in elements."""
+    width = whole.dtype.itemsize
+    offset = view.__array_interface__["data"][0] - whole.__array_interface__["data"][0]
+    strides = (s for n, s in zip(view.shape, view.strides, strict=True))
+    return offset // width, [s // width for s in strides]
+
+
+def stored(path: Path, tensors: Mapping[str, tuple[str, np.ndarray]], *, files: int = 1) -> Catalog:
+    """Write {name: (tag, array)} as safetensors files; return their catalog."""
+    found = []
+    for i in range(files):
+        mine = dict(list(tensors.items())[i::files])
+        rows = [(name, tag, array.shape, array.nbytes) for name, (tag, array) in mine.items()]
+        header = serialise_header(rows, metadata={}, align=8)
+        file = path / f"{i}.safetensors"
+        with file.open("wb") as out:
+            out.write(header)
+            for _, array in mine.values():
+                out.write(array.reshape(-1).view(np.uint8).data)
+        size = file.stat().st_size
+        found.append((file.name, size, parse_header(header[8:], file=file.name, file_bytes=size)))
+    assert PREFIX_BYTES == 8
+    return catalog_of(found, weight_map=None)
+
+
+def reads_of(plans: Sequence[Plan], limits: Limits) -> list[Read]:
+    return plan_reads(
+        plans,
+        in_dest_order=True,
+        piece_bytes=limits.piece,
+        read_bytes=limits.read,
+        max_gap_bytes=limits.gap,
+        assembly_bytes=limits.room,
+    )
+
+
+def ends_in_time(work: Callable[[], Counters]) -> Counters:
+    """Return what `work` returns; a failure where it does not end."""
+    found: list[Counters] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            found.append(work())
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(SECONDS)
+    assert not thread.is_alive(), "it hangs"
+    if errors:
+        raise errors[0]
+    return found[0]
+
+
+def write(
+    plans: Sequence[Plan],
+    path: Path,
+    limits: Limits,
+    *,
+    storage: type[LocalStorage] = LocalStorage,
+    part_bytes: int = 1 << 40,
+) -> tuple[list[Read], Counters, list[list[tuple[PartFile, PartEntry]]]]:
+    """Carry out `plans` into rank files at `path`/out."""
+    reads = reads_of(plans, limits)
+    parts = [
+        plan_parts(
+            plan.tensors,
+            rank=rank,
+            set_id="set",
+            pattern=Pattern("{rank}-{part}.safetensors"),
+            max_part_bytes=part_bytes,
+        )
+        for rank, plan in enumerate(plans)
+    ]
+    entries: dict[str, PartEntry] = {}
+
+    def finished(part: PartFile, entry: PartEntry) -> None:
+        assert part.name not in entries, "a part was finished twice"
+        entries[part.name] = entry
+
+    with storage(path) as source, LocalStorage(path / "out", create=True) as out:
+        with FilesTarget(out, parts, finished, limits.room) as target:
+            counters = ends_in_time(
+                lambda: execute(
+                    reads,
+                    storage=source,
+                    target=target,
+                    threads=limits.threads,
+                    progress=None,
+                    fills_memory=False,
+                )
+            )
+            if limits.room:
+                assert not any(each._memory or each._missing for each in target._assemblies)
+    return reads, counters, [[(part, entries[part.name]) for part in each] for each in parts]
+
+
+def check_files(
+    path: Path, ranks: Sequence[Rank], written: Sequence[Sequence[tuple[PartFile, PartEntry]]]
+) -> None:
+    """Assert that files and digests are what numpy makes."""
+    for rank, parts in zip(ranks, written, strict=True):
+        for part, entry in parts:
+            data = np.fromfile(path / "out" / part.name, np.uint8)
+            assert len(data) == part.nbytes == entry.bytes
+            assert part.header == data[: len(part.header)].tobytes()
+            for row, begin, blocks in zip(part.rows, part.begins, entry.blocks, strict=True):
+                expected = rank.made[row].reshape(-1).view(np.uint8)
+                assert np.array_equal(expected, data[begin : begin + len(expected)])
+                assert blocks == tuple(
+                    blake3(expected[at : at + BLOCK_BYTES].data).hexdigest()
+                    for at in range(0, len(expected), BLOCK_BYTES)
+                )
+
+
+def check_reads(reads: Sequence[Read], plans: Sequence[Plan], limits: Limits) -> None:
+    """Assert that each tensor is one stream of runs and segments, which keep to their limits."""
+    room = limits.room // len(plans)
+    at: dict[int, tuple[int, int]] = defaultdict(lambda: (0, 0))  # slot → tensor, byte
+    missing: Counter[int] = Counter()  # slot → bytes that its latest segment waits for
+    assembled: Counter[int] = Counter()
+    latest: dict[int, Segment] = {}
+    for read in reads:
+        largest = max(max(piece.end - piece.begin, piece.nbytes) for piece in read.pieces)
+        # Pieces that overlap are read together, and the next one begins inside of them.
+        assert read.nbytes <= max(limits.read, 0) + 2 * largest
+        for piece in read.pieces:
+            assert piece.nbytes <= max(limits.piece, 8)
+            assert piece.value is not None or piece.end - piece.begin <= max(limits.piece, 8)
+            dest, byte = at[piece.slot]
+            if piece.segment is not None and missing[piece.slot]:
+                assert piece.segment == latest[piece.slot], "segments take turns"
+            else:
+                assert not missing[piece.slot]
+                if dest != piece.dest:
+                    assert piece.dest > dest
+                    byte = 0
+                run = piece.dest_run
+                if piece.segment is not None:
+                    segment = latest[piece.slot] = piece.segment
+                    assert segment.at == assembled[piece.slot]
+                    assert segment.nbytes <= max(room, 8)
+                    assembled[piece.slot] += segment.nbytes
+                    missing[piece.slot] = segment.nbytes
+                    run = segment.begin, segment.end
+                assert run is not None
+                assert byte == run[0]
+                at[piece.slot] = piece.dest, run[1]
+            if piece.segment is not None:
+                low, high = piece.dest_span
+                assert piece.segment.begin <= low < high <= piece.segment.end
+                missing[piece.slot] -= piece.nbytes
+                assert missing[piece.slot] >= 0
+    assert not any(missing.values())
+
+
+# -- random plans -------------------------------------------------------------------------------
+
+
+def source_arrays(draw: st.DrawFn) -> list[tuple[str, np.ndarray]]:
+    random = np.random.default_rng(draw(st.integers(0, 9)))
+    found = []
+    for _ in range(draw(st.integers(1, 3))):
+        tag = draw(st.sampled_from([*FLOATS, "F32", "BF16", "U8", "I32"]))
+        shape = draw(st.lists(st.integers(1, 12), min_size=1, max_size=3))
+        if tag in FLOATS:
+            found.append((tag, random.standard_normal(shape).astype(numpy_dtype(tag))))
+        else:
+            raw = random.integers(0, 256, prod(shape) * DTYPES[tag].itemsize, dtype=np.uint8)
+            found.append((tag, raw.view(numpy_dtype(tag)).reshape(shape)))
+    return found
+
+
+def taken_from(
+    draw: st.DrawFn, source: np.ndarray, shape: Sequence[int], ranks: int
+) -> list[np.ndarray]:
+    """Return a view of `source` with `shape` for each rank: permuted, stepped, broadcast."""
+    left = list(range(source.ndim))
+    chosen: list[int | None] = [None] * len(shape)
+    for axis in draw(st.permutations(range(len(shape)))):
+        fitting = [a for a in left if source.shape[a] >= shape[axis]]
+        if fitting and draw(st.integers(0, 7)):
+            chosen[axis] = draw(st.sampled_from(fitting))
+            left.remove(chosen[axis])
+    moving = draw(st.sampled_from([None, *range(source.ndim)]))  # where ranks differ
+    begins: list[list[slice]] = []
+    for a, n in enumerate(source.shape):
+        if a in left:
+            size, step = 1, 1
+        else:
+            size = shape[chosen.index(a)]
+            step = draw(st.integers(1, max(1, (n - 1) // max(1, size - 1)))) if size > 1 else 1
+        reach = (size - 1) * step + 1
+        begin = draw(st.integers(0, n - reach))
+        shift = size * step if draw(st.booleans()) else 1
+        each = [
+            (begin + r * shift) % (n - reach + 1) if a == moving else begin for r in range(ranks)
+        ]
+        begins.append([slice(b, b + reach, step) for b in each])
+    found = []
+    for rank in range(ranks):
+        part = source[tuple(slices[rank] for slices in begins)]
+        order = [a for a in chosen if a is not None]
+        part = part.transpose([*order, *left])[(..., *(0 for _ in left))]
+        index = (*(slice(None) if a is not None else None for a in chosen), ...)
+        found.append(np.broadcast_to(part[index], shape))
+    return found
+
+
+def cover(
+    draw: st.DrawFn,
+    sources: Sequence[tuple[str, np.ndarray]],
+    ranks: Sequence[Rank],
+    views: Sequence[np.ndarray],
+    depth: int,
+) -> None:
+    """Write all of `views`, one for each rank and of one shape."""
+    shape = views[0].shape
+    wide = [axis for axis, n in enumerate(shape) if n > 1]
+    if depth and wide and draw(st.integers(0, 3)):
+        axis = draw(st.sampled_from(wide))
+        parts: list[tuple[int | None, int | None, int]]
+        if draw(st.booleans()):
+            cut = draw(st.integers(1, shape[axis] - 1))
+            parts = [(None, cut, 1), (cut, None, 1)]
+        else:
+            step = draw(st.integers(2, min(3, shape[axis])))
+            parts = [(i, None, step) for i in range(step)]
+        for part in draw(st.permutations(parts)):
+            index = (*(slice(None) for _ in range(axis)), slice(*part))
+            cover(draw, sources, ranks, [view[index] for view in views], depth - 1)
+        return
+    tag = ranks[0].tags[-1]
+    fitting = [i for i, (t, _) in enumerate(sources) if t == tag or (t in FLOATS and tag in FLOATS)]
+    kind = draw(st.integers(0, 9))
+    if kind < 8 and fitting:
+        number = draw(st.sampled_from(fitting))
+        source_tag, source = sources[number]
+        as_bytes = source_tag == tag and kind == 7
+        taken = taken_from(draw, source, shape, len(ranks))
+        for rank, view, each in zip(ranks, views, taken, strict=True):
+            rank.copy(number, source, each, source_tag, view)
+            if as_bytes:
+                rank.as_bytes()
+        return
+    value = np.frombuffer(b"\x01\x02\x03\x04\x05\x06\x07\x08", numpy_dtype(tag))[:1]
+    for rank, view in zip(ranks, views, strict=True):
+        if kind % 2:
+            rank.literal(value[0], view)
+        else:
+            rank.fill(value[0], view)
+
+
+@st.composite
+def random_ranks(draw: st.DrawFn) -> tuple[list[tuple[str, np.ndarray]], list[Rank]]:
+    sources = source_arrays(draw)
+    ranks = [Rank() for _ in range(draw(st.integers(1, 4)))]
+    alike = draw(st.booleans())
+    for group in [ranks] if alike else [[rank] for rank in ranks]:
+        for _ in range(draw(st.integers(1, 3))):
+            tags = [tag for tag, _ in sources]
+            tag = draw(st.sampled_from([*tags, *tags, "F32", "BF16"]))
+            shape = draw(st.lists(st.integers(1, 12), max_size=3))
+            views = [rank.tensor(tag, *shape) for rank in group]
+            cover(draw, sources, group, views, draw(st.integers(0, 4)))
+    return sources, ranks
+
+
+limits_of = st.builds(
+    Limits,
+    piece=st.sampled_from([16, 64, 256, 1 << 20]),
+    read=st.sampled_from([16, 256, 1 << 20]),
+    gap=st.sampled_from([0, 8, 100, 1 << 10]),
+    room=st.sampled_from([0, 32, 256, 2048, 1 << 20]),
+    threads=st.integers(1, 4),
+)
+
+
+@settings(max_examples=300)
+@given(random_ranks(), limits_of, st.sampled_from([64, 1 << 20]), st.integers(1, 2))
+def test_any_plan_is_written(
+    made: tuple[list[tuple[str, np.ndarray]], list[Rank]],
+    limits: Limits,
+    part_bytes: int,
+    files: int,
+) -> None:
+    sources, ranks = made
+    with tempfile.TemporaryDirectory(dir=MEMORY) as folder:
+        path = Path(folder)
+        catalog = stored(path, {f"s{i}": each for i, each in enumerate(sources)}, files=files)
+        order = [int(name[1:]) for name in catalog.names]
+        for rank in ranks:
+            rank.copies = [
+                Copy(order.index(c.source), c.dest, c.source_dtype, c.dest_dtype, c.move)
+                for c in rank.copies
+            ]
+        plans = [rank.plan(catalog) for rank in ranks]
+        reads, _, written = write(plans, path, limits, part_bytes=part_bytes)
+        check_reads(reads, plans, limits)
+        check_files(path, ranks, written)
