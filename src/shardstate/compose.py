@@ -45,7 +45,7 @@ def compose_plans(first: Plan, second: Plan) -> Plan:
         name = second.catalog.names[then.source]
         try:
             for copy in made[name][0]:
-                copies.extend(_compose_copy(copy, then))
+                copies.extend(compose_copy(copy, then))
             for fill in made[name][1]:
                 fills.extend(_compose_fill(fill, then))
             for literal in made[name][2]:
@@ -105,8 +105,16 @@ def _same_unit(
     )
 
 
-def _compose_copy(copy: Copy, then: Copy) -> Iterator[Copy]:
-    if copy.casts and then.casts:
+def compose_copy(copy: Copy, then: Copy) -> Iterator[Copy]:
+    """Yield the copies that `copy` followed by `then`, out of its destination, makes.
+
+    `PlanError` where both cast and one cast cannot do it, `NotNested` as `layout.compose`.
+    """
+    # Every cast rounds through F32, so that a stop there, or at F64, changes nothing.
+    exact = copy.dest_dtype in ("F32", "F64") and (copy.source_dtype, then.dest_dtype) != (
+        "F64", "F64",
+    )  # fmt: skip
+    if copy.casts and then.casts and not exact:
         raise PlanError(
             f"was cast from {copy.source_dtype} to {copy.dest_dtype} and would be cast again "
             f"to {then.dest_dtype}"

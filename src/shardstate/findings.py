@@ -33,6 +33,8 @@ class Verification:
     tensors: int = 0
     bytes: int = 0  # of tensors
     bytes_meta: int = 0
+    opaque: int = 0  # tensors that a source cannot be compared with as a whole
+    opaque_bytes: int = 0
     manifest: Manifest | None = None
     records: dict[int, Record] = field(default_factory=dict)
 

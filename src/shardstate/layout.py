@@ -10,6 +10,7 @@ moves too.
     inverse       inverse(inverse(m)) == m, unless m broadcasts
     compose       (A → B) then (B → C) gives A → C, for what both have in common in B
     intersect     what two regions have in common
+    subtract      what a move still writes where a later one wrote too
 
 Intersection and composition are defined where the strides of both sides nest like the axes of one
 array: each divides the next larger one. Elsewhere they raise `NotNested`.
@@ -169,6 +170,49 @@ def intersect(a: Region, b: Region) -> list[Region]:
         Move(r.offset, r.offset, canonical((n, s, s) for n, s in r.loops if s)) for r in (a, b)
     )
     return [move.source_region for move in compose(*identity)]
+
+
+def subtract(move: Move, region: Region) -> list[Move]:
+    """Return the moves that write what `move` writes outside of `region`; `NotNested` as above.
+
+    Regions are in `move`'s destination.
+    """
+    if not move.size or not region.size:
+        return [move] if move.size else []
+    others = [(n, s, 0) for n, s in region.loops if s]
+    units = _units([d for _, _, d in move.loops], [s for _, s, _ in others])
+    theirs = [digits for digits, _ in _boxes(region.offset, others, 0, units)]
+    moves = []
+    ours = _boxes(move.dest, [(n, d, s) for n, s, d in move.loops], move.source, units)
+    for digits, offset in ours:
+        left = [(digits, offset)]
+        for taken in theirs:
+            left = [piece for each in left for piece in _outside(*each, taken)]
+        for piece, source in left:
+            dest = sum(begin * unit for (begin, _, _), unit in zip(piece, units, strict=True))
+            loops = ((n, s, u) for (_, n, s), u in zip(piece, units, strict=True))
+            moves.append(Move(source, dest, canonical(loops)))
+    return moves
+
+
+def _outside(digits: _Digits, offset: int, taken: _Digits) -> Iterator[tuple[_Digits, int]]:
+    """Yield the parts of a box outside of another one, with the offset on its other side."""
+    common = [
+        (max(begin, b), min(begin + n, b + m))
+        for (begin, n, _), (b, m, _) in zip(digits, taken, strict=True)
+    ]
+    if any(low >= high for low, high in common):
+        yield digits, offset
+        return
+    rest = list(digits)
+    for k, (low, high) in enumerate(common):
+        begin, n, stride = rest[k]
+        for a, b in ((begin, low), (high, begin + n)):
+            if a < b:
+                cut = [*rest[:k], (a, b - a, stride), *rest[k + 1 :]]
+                yield cut, offset + (a - begin) * stride
+        rest[k] = (low, high - low, stride)
+        offset += (low - begin) * stride
 
 
 def union_size(regions: Iterable[Region]) -> int:

@@ -321,6 +321,12 @@ def set_id(*, info: SetInfo, fingerprint: str, max_part_bytes: int, rules_digest
         "max_part_size": max_part_bytes,
         "rules": rules_digest,
     }
+    if info.layout == "vllm":
+        content |= {
+            "platform": info.platform,
+            "engine_version": info.engine_version,
+            "engine_arguments": dict(sorted(info.engine_arguments.items())),
+        }
     return digest_of(msgspec.json.encode(content))
 
 

@@ -11,7 +11,7 @@ Offsets and strides of a copy count elements of its `source_dtype` on the source
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
@@ -67,6 +67,7 @@ class Literal:
     dest: int
     begin: int  # bytes from the tensor's first byte
     data: bytes
+    opaque: str | None = None  # the operation that computed them from weights
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,9 @@ class Plan:
     loops: np.ndarray = field(repr=False)  # int64, shape [loops, 3]: size, source, dest stride
     fills: tuple[Fill, ...] = field(repr=False)
     literals: tuple[Literal, ...] = field(repr=False)
+    # Row of `tensors` → the operation that computed some of its elements from weights. Those are
+    # literals while they are known, and undefined in a plan that was read from provenance.
+    opaque: Mapping[int, str] = field(repr=False, default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.source)
@@ -160,8 +164,13 @@ def make_plan(
     copies: Iterable[Copy],
     fills: Iterable[Fill] = (),
     literals: Iterable[Literal] = (),
+    *,
+    opaque: Mapping[int, str] | None = None,
 ) -> Plan:
-    """Return the plan in columns; empty copies are left out."""
+    """Return the plan in columns; empty copies are left out.
+
+    `opaque` is needed only where no literal says it.
+    """
     tags: dict[str, int] = {}
     rows: list[tuple[int, int, int, int, int, int]] = []
     loops: list[tuple[int, int, int]] = []
@@ -195,7 +204,8 @@ def make_plan(
         np.array(ends, dtype=np.int64),
         np.array(loops, dtype=np.int64).reshape(len(loops), 3),
         tuple(fill for fill in fills if fill.region.size),
-        tuple(literal for literal in literals if literal.data),
+        (known := tuple(literal for literal in literals if literal.data)),
+        opaque or {each.dest: each.opaque for each in known if each.opaque is not None},
     )
 
 
@@ -275,9 +285,10 @@ def faults(plan: Plan) -> list[str]:
     done = set(plan.dest[fills & alone[plan.dest]].tolist())
     for i in np.flatnonzero(~(fills & alone[plan.dest])):
         copy = plan.copy(i)
-        writes[copy.dest].append(_scaled(copy.move.dest_region, DTYPES[copy.dest_dtype].itemsize))
+        width = DTYPES[copy.dest_dtype].itemsize
+        writes[copy.dest].append(region_in_bytes(copy.move.dest_region, width))
     for fill in plan.fills:
-        writes[fill.dest].append(_scaled(fill.region, DTYPES[fill.dtype].itemsize))
+        writes[fill.dest].append(region_in_bytes(fill.region, DTYPES[fill.dtype].itemsize))
     for literal in plan.literals:
         writes[literal.dest].append(Region(literal.begin, ((len(literal.data), 1),)))
     for row, name in enumerate(plan.tensors.names):
@@ -287,7 +298,7 @@ def faults(plan: Plan) -> list[str]:
         covered = sum(region.size for region in regions)
         if any(region.offset < 0 or region.end > nbytes for region in regions):
             found.append(f"{name}: writes past its end")
-        elif covered < nbytes:
+        elif covered < nbytes and row not in plan.opaque:
             found.append(f"{name}: {nbytes - covered} of {nbytes} bytes are not defined")
         else:
             try:
@@ -329,7 +340,7 @@ def bytes_wanted(plans: Iterable[Plan]) -> int:
             if len(widths) == 1:
                 total += union_size(region for region, _ in touched) * widths.pop()
             else:
-                total += union_size(_scaled(region, width) for region, width in touched)
+                total += union_size(region_in_bytes(region, width) for region, width in touched)
         except NotNested as error:
             assert catalog is not None
             name = catalog.names[row]
@@ -338,15 +349,32 @@ def bytes_wanted(plans: Iterable[Plan]) -> int:
 
 
 def padding_boxes(fills: Iterable[Fill], tensors: Tensors) -> dict[str, list[list[list[int]]]]:
-    """Return the boxes without weights, by tensor name: per axis [begin, end), in elements."""
+    """Return the boxes without weights, by tensor name: per axis [begin, end), in elements.
+
+    Zeros are; another constant is set by code.
+    """
     boxes: dict[str, list[list[list[int]]]] = {}
     for fill in fills:
         dtype = DTYPES[tensors.dtypes[fill.dest]]
+        if any(fill.value):
+            continue
         region = _in_elements(fill.region, dtype.bits) if dtype.packed else fill.region
-        boxes.setdefault(tensors.names[fill.dest], []).append(
-            _box_of(region, tensors.shapes[fill.dest])
+        boxes.setdefault(tensors.names[fill.dest], []).extend(
+            _boxes_of(region, tensors.shapes[fill.dest])
         )
     return boxes
+
+
+def _boxes_of(region: Region, shape: Shape) -> list[list[list[int]]]:
+    """Return the boxes of `shape` that make up `region`: one, or one for each outer iteration."""
+    try:
+        return [_box_of(region, shape)]
+    except NotNested:
+        if not region.loops:
+            raise
+        (n, stride), *inner = region.loops
+        parts = (Region(region.offset + i * stride, tuple(inner)) for i in range(n))
+        return [box for part in parts for box in _boxes_of(part, shape)]
 
 
 def _box_of(region: Region, shape: Shape) -> list[list[int]]:
@@ -369,7 +397,7 @@ def _cast(tag: str, dtype: str) -> str:
     return goal if goal is not None and DTYPES[tag].floating else tag
 
 
-def _scaled(region: Region, width: int) -> Region:
+def region_in_bytes(region: Region, width: int) -> Region:
     """Return `region` in bytes, for elements of `width` bytes."""
     if width == 1:
         return region

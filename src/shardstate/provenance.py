@@ -83,6 +83,7 @@ class _Provenance(msgspec.Struct):
 def provenance_json(plan: Plan, *, set_id: str, rank: int) -> bytes:
     """Return the provenance file of `rank`, whose tensors `plan` makes."""
     source, tensors = plan.catalog, plan.tensors
+    known = [literal for literal in plan.literals if literal.opaque is None]
     ends = plan.loop_begin.tolist()
     loops = plan.loops.tolist()
     return seal(
@@ -121,11 +122,11 @@ def provenance_json(plan: Plan, *, set_id: str, rank: int) -> bytes:
                 "value": [f.value.hex() for f in plan.fills],
             },
             "literals": {
-                "dest": [x.dest for x in plan.literals],
-                "begin": [x.begin for x in plan.literals],
-                "data": [x.data.hex() for x in plan.literals],
+                "dest": [x.dest for x in known],
+                "begin": [x.begin for x in known],
+                "data": [x.data.hex() for x in known],
             },
-            "opaque": {},
+            "opaque": {tensors.names[row]: how for row, how in sorted(plan.opaque.items())},
         }
     )
 
@@ -160,6 +161,10 @@ def parse_provenance(data: bytes, *, file: str, set_id: str, rank: int) -> Plan:
     for what, (values, limit) in rows.items():
         if any(value >= limit for value in values):
             raise SetError(f"{file}: a {what} refers to a row that is not there", file=file)
+    if strange := sorted(set(found.opaque) - set(tensors.name)):
+        raise SetError(
+            f"{file}: says that {strange[0]} is opaque, which it does not hold", file=file
+        )
     for each in found.source.files:
         if not is_file_name(each.name):
             raise SetError(
@@ -210,6 +215,9 @@ def parse_provenance(data: bytes, *, file: str, set_id: str, rank: int) -> Plan:
                 found.literals.dest, found.literals.begin, found.literals.data, strict=True
             )
         ),
+        opaque={
+            row: found.opaque[name] for row, name in enumerate(tensors.name) if name in found.opaque
+        },
     )
     if wrong := [*_misfits(plan), *faults(plan)]:
         raise SetError(f"{file}: its plan is unsound: {'; '.join(wrong[:5])}", file=file)

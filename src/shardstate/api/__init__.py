@@ -1,5 +1,6 @@
 """Each operation: open, plan, execute. Owns every default; the command line only calls this."""
 
+from shardstate.api.caching import cache_list, cache_prune
 from shardstate.api.checking import verify
 from shardstate.api.loading import inspect, load, load_rank, plan
 from shardstate.api.planning import open_path as open  # noqa: A004
@@ -7,6 +8,8 @@ from shardstate.api.writing import MAX_PART_SIZE, parse_size, shard
 
 __all__ = [
     "MAX_PART_SIZE",
+    "cache_list",
+    "cache_prune",
     "inspect",
     "load",
     "load_rank",

@@ -117,7 +117,7 @@ def _verified(report: Report, found: Verification, full: bool) -> None:
     report.ranks = tuple(sorted(found.records)) or None
     report.problems = tuple(found.problems)
     report.notes = tuple(found.notes)
-    report.materialised = report.materialised_bytes = 0
+    report.materialised, report.materialised_bytes = found.opaque, found.opaque_bytes
     if (info := found.info) is not None:
         report.layout, report.stage = info.layout, info.stage
         report.topology = sizes_of(info.shape)

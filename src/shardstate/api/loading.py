@@ -5,20 +5,20 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 
+from shardstate.api.planners import Made, Request, by_rule, rank_plan, resolved_layout
 from shardstate.api.planning import (
     READ_THREADS,
     RulesArgument,
-    by_rule,
     describe_checkpoint,
     extra_notes,
     open_path,
     padding_bytes,
-    rank_plan,
     reads_of,
     sizes_of,
     write_counted,
@@ -99,24 +99,41 @@ def plan(
     *,
     rank: int,
     tp: int | None = None,
-    layout: str = "rules",
+    pp: int = 1,
+    layout: str = "auto",
     rules: RulesArgument = None,
+    engine_args: Mapping[str, Any] | None = None,
     dtype: str = "keep",
     pattern: str | None = None,
 ) -> Report:
-    """Return what loading `rank` would read and make, without reading a weight."""
+    """Return what loading `rank` would read and make, without reading a weight.
+
+    `layout`: "rules", "vllm", or "auto": vllm where vLLM is installed and knows the architecture.
+    `pp` and `engine_args` (of vLLM's `EngineArgs`) need "vllm".
+    """
     phases = Phases()
+    request = Request(tp=tp or 1, pp=pp, rules=rules, dtype=dtype, engine_args=engine_args)
     with open_path(path, pattern=pattern) as checkpoint:
         with phases("open"):
             report = describe_checkpoint(checkpoint)
+        layout = resolved_layout(checkpoint, layout, request, phases)
         with phases("plan"):
-            made = rank_plan(checkpoint, rank, tp, layout, rules, dtype)
+            made = rank_plan(checkpoint, rank, tp=tp, layout=layout, request=request)
             reads = reads_of([made.plan], threads=READ_THREADS)
             write_planned(report, [made.plan], reads, checkpoint)
-            report.ranks = (rank,)
-            report.topology = sizes_of(made.topology)
+            _describe_made(report, made, rank, layout, checkpoint)
             report.by_rule = by_rule(made)
     return phases.finish(report, main=None)
+
+
+def _describe_made(
+    report: Report, made: Made, rank: int, layout: str, checkpoint: Checkpoint
+) -> None:
+    report.ranks, report.topology = (rank,), sizes_of(made.topology)
+    report.materialised = made.materialised
+    report.materialised_bytes = made.materialised_bytes
+    if checkpoint.catalog is not None:
+        report.layout = layout
 
 
 def load(
@@ -124,8 +141,10 @@ def load(
     *,
     rank: int,
     tp: int | None = None,
+    pp: int = 1,
     layout: str = "rules",
     rules: RulesArgument = None,
+    engine_args: Mapping[str, Any] | None = None,
     dtype: str = "keep",
     pattern: str | None = None,
     verify: bool = False,
@@ -145,8 +164,10 @@ def load(
         path,
         rank=rank,
         tp=tp,
+        pp=pp,
         layout=layout,
         rules=rules,
+        engine_args=engine_args,
         dtype=dtype,
         pattern=pattern,
         verify=verify,
@@ -159,8 +180,10 @@ def load_rank(
     *,
     rank: int,
     tp: int | None = None,
+    pp: int = 1,
     layout: str = "rules",
     rules: RulesArgument = None,
+    engine_args: Mapping[str, Any] | None = None,
     dtype: str = "keep",
     pattern: str | None = None,
     verify: bool = False,
@@ -169,6 +192,7 @@ def load_rank(
     progress: Progress | None = None,
 ) -> tuple[dict[str, np.ndarray], Report]:
     """Do what `load` does, and return the report as well."""
+    request = Request(tp=tp or 1, pp=pp, rules=rules, dtype=dtype, engine_args=engine_args)
     with _damage_where(verify):
         phases = Phases()
         with open_path(path, pattern=pattern) as checkpoint:
@@ -184,12 +208,12 @@ def load_rank(
                         f"{checkpoint.location}: map takes the files of a set as they are and "
                         f"reads nothing; leave verify out, and shard an ordinary checkpoint first"
                     )
+            layout = resolved_layout(checkpoint, layout, request, phases)
             with phases("plan"):
-                made = rank_plan(checkpoint, rank, tp, layout, rules, dtype)
+                made = rank_plan(checkpoint, rank, tp=tp, layout=layout, request=request)
                 reads = [] if map else reads_of([made.plan], threads=threads or READ_THREADS)
                 write_planned(report, [made.plan], reads, checkpoint)
-                report.ranks = (rank,)
-                report.topology = sizes_of(made.topology)
+                _describe_made(report, made, rank, layout, checkpoint)
                 notes = extra_notes(checkpoint, rank)
                 if checkpoint.kind == "vllm":
                     notes.append(f"nothing vouches for the bytes of {checkpoint.location}")
@@ -210,9 +234,9 @@ def load_rank(
                 )
                 write_counted(report, counters)
                 problems = check_blocks(checkpoint, digests, rank) if digests is not None else ()
-                if checkpoint.kind == "shardstate":
-                    for group in checkpoint.record(rank).aliases:
-                        arrays |= {name: arrays[group[0]] for name in group if group[0] in arrays}
+                stored = checkpoint.kind == "shardstate"
+                for group in checkpoint.record(rank).aliases if stored else made.aliases:
+                    arrays |= {name: arrays[group[0]] for name in group if group[0] in arrays}
             phases.finish(report, main=None if map else "read")
         if verify:
             report.problems = problems
@@ -275,19 +299,23 @@ def raise_damage(report: Report) -> None:
     )
 
 
-def log_loaded(report: Report, *, rank: int, verify: bool, way: str) -> None:
-    """Log the one line that says how a rank was loaded; `way` is a key=value pair of the caller."""
+def log_loaded(
+    report: Report, *, rank: int, verify: bool, way: str, mode: str | None = None
+) -> None:
+    """Log the one line that says how a rank was loaded; `way` is key=value pairs of the caller."""
     _log.info(
         "shardstate: rank=%d mode=%s %s bytes=%d wanted=%d read=%d requests=%d "
-        "seconds=%.3f gbps=%.2f verify=%s",
+        "seconds=%.3f phases=%s gbps=%.2f materialised=%d verify=%s",
         rank,
-        "recorded" if report.kind == "checkpoint" else "sharded",
+        mode or ("recorded" if report.kind == "checkpoint" else "sharded"),
         way,
         report.bytes,
         report.bytes_wanted,
         report.bytes_read,
         report.requests,
         report.seconds,
+        ",".join(f"{name}:{seconds:.3f}" for name, seconds in (report.phases or {}).items()),
         report.gbps or 0.0,
+        report.materialised or 0,
         "yes" if verify else "no",
     )

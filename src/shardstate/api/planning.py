@@ -7,7 +7,6 @@ import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from importlib import resources
 from math import prod
 from pathlib import Path
@@ -35,17 +34,14 @@ from shardstate.plan import (
     check_plan,
     padding_boxes,
     plan_identity,
-    plan_shares,
 )
 from shardstate.report import Report
 from shardstate.sharding import (
     TABLES,
     Kind,
-    Rank,
     Rule,
     Topology,
     check_shares,
-    describe,
     match_rules,
     parse_rules,
 )
@@ -117,46 +113,18 @@ def sizes_of(topology: Topology | None) -> dict[str, int] | None:
     return {"tp": topology.tp, "pp": topology.pp, "dp": topology.dp}
 
 
-@dataclass(frozen=True)
-class Made:
-    """A rank's plan and how it came about."""
-
-    plan: Plan
-    topology: Topology
-    kinds: Sequence[Kind] | None  # per row of the catalog, where rules made it
-
-
-def rank_plan(
-    checkpoint: Checkpoint,
-    rank: int,
-    tp: int | None,
-    layout: str,
-    rules: RulesArgument,
-    dtype: str,
-) -> Made:
-    """Return the plan that makes `rank`, after checking the flags against what is there."""
-    checked_dtype(dtype)
-    if checkpoint.catalog is not None:
-        if tp is None:
-            raise UsageError(
-                f"{checkpoint.location}: is an ordinary checkpoint; say among how many ranks it is "
-                f"shared (--tp N, or tp=N)"
-            )
-        place = Rank(rank, tp)
-        resolved, where = rules_of(checkpoint, rules, layout)
-        _, kinds = kinds_of(checkpoint, resolved, where, tp)
-        made = plan_shares(checkpoint.catalog, kinds, rank=place, dtype=dtype)
-        return Made(checked(made), Topology(tp), kinds)
-    topology = checkpoint.topology
+def set_plan(
+    checkpoint: Checkpoint, rank: int, *, tp: int | None, pp: int | None, dtype: str
+) -> Plan:
+    """Return the plan that takes `rank` of a set as it is, after checking the flags against it."""
+    topology, info = checkpoint.topology, checkpoint.info
     assert topology is not None
-    info = checkpoint.info
-    if tp is not None and tp != topology.tp:
-        raise UsageError(
-            f"{checkpoint.location}: is a set for tp {topology.tp}, and tp {tp} was asked for; "
-            f"leave --tp out, or shard the source for {tp} ranks"
-        )
-    if rules is not None:
-        raise UsageError(f"{checkpoint.location}: is sharded already; leave the rules out")
+    for flag, asked, there in (("tp", tp, topology.tp), ("pp", pp, topology.pp)):
+        if asked is not None and asked != there:
+            raise UsageError(
+                f"{checkpoint.location}: is a set for {flag} {there}, and {flag} {asked} was asked "
+                f"for; leave --{flag} out, or shard the source for {asked} ranks"
+            )
     if dtype not in ("keep", info.dtype if info else "keep"):
         raise UsageError(
             f"{checkpoint.location}: is a set with dtype {info.dtype if info else 'keep'}, and "
@@ -172,15 +140,11 @@ def rank_plan(
             f"{checkpoint.location}: has no record of rank {rank}; finish the set: "
             f"{'save that rank' if checkpoint.stage == 'model' else f'shard --ranks {rank}'}"
         )
-    return Made(plan_identity(checkpoint.rank_catalog(rank)), topology, None)
+    return plan_identity(checkpoint.rank_catalog(rank))
 
 
-def rules_of(
-    checkpoint: Checkpoint, rules: RulesArgument, layout: str
-) -> tuple[tuple[Rule, ...], str]:
+def rules_of(checkpoint: Checkpoint, rules: RulesArgument) -> tuple[tuple[Rule, ...], str]:
     """Return the resolved rules and where they come from."""
-    if layout != "rules":
-        raise UsageError(f"layout {layout!r}: expected 'rules'")
     config = checkpoint.config()
     if isinstance(rules, str | os.PathLike):
         file = Path(rules)
@@ -295,22 +259,6 @@ def write_counted(report: Report, counters: Counters) -> None:
     """Put what an execution did in the place of what was planned."""
     report.bytes_read, report.requests = counters.bytes_read, counters.requests
     report.peak_extra_bytes = counters.peak_extra_bytes
-
-
-def by_rule(made: Made) -> tuple[Mapping[str, Any], ...] | None:
-    """Return, for each way of sharing, how many tensors and bytes of the rank it makes."""
-    if made.kinds is None:
-        return None
-    found: dict[str, list[int]] = {}
-    row = made.plan.catalog.row
-    for dest, name in enumerate(made.plan.tensors.names):
-        kind = made.kinds[row[name]]
-        entry = found.setdefault(describe(kind), [0, 0])
-        entry[0] += 1
-        entry[1] += made.plan.tensors.nbytes(dest)
-    return tuple(
-        {"rule": how, "tensors": count, "bytes": nbytes} for how, (count, nbytes) in found.items()
-    )
 
 
 def nbytes_of(tensors: Tensors) -> int:

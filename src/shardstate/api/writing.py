@@ -6,27 +6,24 @@ import logging
 import os
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
+import msgspec
+
+from shardstate.api.planners import Made, Request, by_rule, planner_of, resolved_layout
 from shardstate.api.planning import (
-    Made,
     RulesArgument,
-    by_rule,
-    checked,
-    checked_dtype,
     describe_checkpoint,
-    kinds_of,
     local_path,
     nbytes_of,
     open_path,
     reads_of,
-    rules_of,
     sizes_of,
     write_counted,
     write_planned,
 )
 from shardstate.coalesce import Read
 from shardstate.commit import SetWriter, companions_of
-from shardstate.digest import digest_of
 from shardstate.engine import Progress, execute
 from shardstate.errors import (
     InputError,
@@ -34,19 +31,15 @@ from shardstate.errors import (
     UsageError,
 )
 from shardstate.inventory import Identity
-from shardstate.manifest import PartEntry, SetInfo, Sizes, Source, set_id
-from shardstate.names import DEFAULT_PATTERN, check_pattern
+from shardstate.manifest import PartEntry, SetInfo, Source, set_id
+from shardstate.names import check_pattern, default_pattern
 from shardstate.parts import PartFile, plan_parts
 from shardstate.plan import (
-    Plan,
     padding_boxes,
-    plan_shares,
 )
 from shardstate.report import Phases, Report
 from shardstate.sharding import (
-    Rank,
     Topology,
-    rules_json,
 )
 from shardstate.storage import LocalStorage, Storage, Writable
 from shardstate.targets import FilesTarget
@@ -62,9 +55,11 @@ def shard(
     out: str | os.PathLike[str],
     *,
     tp: int,
+    pp: int = 1,
     ranks: Sequence[int] | None = None,
-    layout: str = "rules",
+    layout: str = "auto",
     rules: RulesArgument = None,
+    engine_args: Mapping[str, Any] | None = None,
     dtype: str = "keep",
     pattern: str | None = None,
     max_part_size: int | str = MAX_PART_SIZE,
@@ -73,22 +68,29 @@ def shard(
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Report:
-    """Write the rank files of an ordinary checkpoint for `tp` ranks, in one pass over it.
+    """Write the rank files of an ordinary checkpoint for `tp` × `pp` ranks, in one pass over it.
 
     Each source byte is read once. An interrupted run of the same set goes on after its last
     complete parts; what is complete already is left alone. `ranks` writes some ranks only; the
     last of them commits the set. `force` replaces another set. `dry_run` returns the planned
     figures and writes nothing.
+
+    `layout`: "rules", "vllm", or "auto": vllm where vLLM is installed and knows the architecture.
+    `pp` and `engine_args` (of vLLM's `EngineArgs`) need "vllm"; there `dtype` is the engine's.
     """
     phases = Phases()
     threads = threads or WRITE_THREADS
-    topology = Topology(tp)
-    template = check_pattern(pattern or DEFAULT_PATTERN, tp=tp)
     max_part_bytes = parse_size(max_part_size)
-    chosen = tuple(range(tp)) if ranks is None else tuple(sorted(set(ranks)))
+    request = Request(
+        tp=tp, pp=pp, rules=rules, dtype=dtype, pattern=pattern, engine_args=engine_args
+    )
+    topology = Topology(tp, pp)
+    check_pattern(pattern or default_pattern(topology), tp=tp, pp=pp)
+    chosen = tuple(range(topology.world)) if ranks is None else tuple(sorted(set(ranks)))
     if not chosen:
         raise UsageError("no rank is chosen")
-    places = [Rank(rank, tp) for rank in chosen]
+    if beyond := [rank for rank in chosen if not 0 <= rank < topology.world]:
+        raise UsageError(f"rank {beyond[0]} is out of range; expected 0 to {topology.world - 1}")
     with open_path(path) as checkpoint:
         with phases("open"):
             if checkpoint.catalog is None:
@@ -99,45 +101,34 @@ def shard(
             _refuse_nested(checkpoint.location, local_path(out))
             files = checkpoint.catalog.files
             identity = _identity(checkpoint.storage, files)
+        layout = resolved_layout(checkpoint, layout, request, phases)
         with phases("plan"):
-            resolved, where = rules_of(checkpoint, rules, layout)
-            matched, kinds = kinds_of(checkpoint, resolved, where, tp)
+            planner = planner_of(checkpoint, layout, request)
             source = Source(checkpoint.location, None, checkpoint.fingerprint())
-            info = SetInfo(
-                topology=Sizes(tp),
-                layout="rules",
-                stage="checkpoint",
-                pattern=template.text,
-                dtype=checked_dtype(dtype),
-                source=source,
-            )
+            info = msgspec.structs.replace(planner.info, source=source)
             identifier = set_id(
                 info=info,
                 fingerprint=source.fingerprint,
                 max_part_bytes=max_part_bytes,
-                rules_digest=digest_of(rules_json(matched)),
+                rules_digest=planner.rules_digest,
             )
-            plans = {
-                place.index: checked(
-                    plan_shares(checkpoint.catalog, kinds, rank=place, dtype=dtype)
-                )
-                for place in places
-            }
+            template = check_pattern(info.pattern, tp=tp, pp=pp)
+            made = {rank: planner.made(rank) for rank in chosen}
             parts = {
                 rank: plan_parts(
-                    made.tensors,
+                    each.plan.tensors,
                     rank=rank,
                     set_id=identifier,
                     pattern=template,
                     max_part_bytes=max_part_bytes,
                 )
-                for rank, made in plans.items()
+                for rank, each in made.items()
             }
-            reads = reads_of([*plans.values()], threads=threads, in_dest_order=True)
+            plans = [each.plan for each in made.values()]
+            reads = reads_of(plans, threads=threads, in_dest_order=True)
             report = describe_checkpoint(checkpoint)
-            write_planned(report, [*plans.values()], reads, checkpoint)
-            _describe_set(report, info, identifier, plans, parts)
-            report.by_rule = by_rule(Made(plans[chosen[0]], topology, kinds))
+            write_planned(report, plans, reads, checkpoint)
+            _describe_set(report, info, identifier, made, parts)
         if not dry_run:
             with phases("write"), LocalStorage(out, create=True) as target, target.lock():
                 writer = SetWriter(
@@ -155,7 +146,7 @@ def shard(
                     files=files,
                     identity=identity,
                     target=target,
-                    plans=plans,
+                    made=made,
                     parts=parts,
                     reads=reads,
                     report=report,
@@ -170,14 +161,17 @@ def _describe_set(
     report: Report,
     info: SetInfo,
     identifier: str,
-    plans: Mapping[int, Plan],
+    made: Mapping[int, Made],
     parts: Mapping[int, Sequence[PartFile]],
 ) -> None:
     """Write into `report` what the set will be."""
     report.kind, report.layout, report.stage = "shardstate", info.layout, info.stage
-    report.set, report.topology, report.ranks = identifier, sizes_of(info.shape), tuple(plans)
+    report.set, report.topology, report.ranks = identifier, sizes_of(info.shape), tuple(made)
     report.committed = False
-    report.bytes_by_rank = {str(rank): nbytes_of(made.tensors) for rank, made in plans.items()}
+    report.bytes_by_rank = {str(rank): nbytes_of(each.plan.tensors) for rank, each in made.items()}
+    report.materialised = sum(each.materialised for each in made.values())
+    report.materialised_bytes = sum(each.materialised_bytes for each in made.values())
+    report.by_rule = by_rule(next(iter(made.values())))
     report.file_list = tuple(
         {"name": part.name, "bytes": part.nbytes, "rank": rank}
         for rank, each in parts.items()
@@ -211,7 +205,7 @@ def _write(
     files: Sequence[str],
     identity: Identity,
     target: Writable,
-    plans: Mapping[int, Plan],
+    made: Mapping[int, Made],
     parts: Mapping[int, Sequence[PartFile]],
     reads: Sequence[Read],
     report: Report,
@@ -238,9 +232,12 @@ def _write(
 
     rest = [[part for part in parts[rank] if part.part not in kept[rank]] for rank in ranks]
     wanted = [frozenset(row for part in each for row in part.rows) for each in rest]
-    if len(kept) < len(plans) or any(kept.values()):
+    if len(kept) < len(made) or any(kept.values()):
         reads = reads_of(
-            [plans[rank] for rank in ranks], threads=threads, in_dest_order=True, wanted=wanted
+            [made[rank].plan for rank in ranks],
+            threads=threads,
+            in_dest_order=True,
+            wanted=wanted,
         )
     with FilesTarget(target, rest, finished) as outputs:
         counters = execute(
@@ -256,11 +253,13 @@ def _write(
     if _identity(source, files) != identity:
         raise InputError(f"{source.location}: its files changed while they were read; run it again")
     for rank in ranks:
+        plan = made[rank].plan
         writer.finish_rank(
             rank,
             [entries[rank][part.part] for part in parts[rank]],
-            padding=padding_boxes(plans[rank].fills, plans[rank].tensors),
-            provenance=plans[rank],
+            padding=padding_boxes(plan.fills, plan.tensors),
+            provenance=plan,
+            aliases=made[rank].aliases,
         )
     lacking = writer.commit()
     report.committed = not lacking

@@ -72,6 +72,19 @@ def _common(command: Callable[..., Report]) -> Callable[..., int]:
     return wrapped
 
 
+def _engine_arguments(text: str | None) -> dict[str, Any] | None:
+    """Return the JSON object of `--engine-args`."""
+    if text is None:
+        return None
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise click.BadParameter(f"{text!r} is no JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise click.BadParameter(f"{text!r} is no JSON object")
+    return found
+
+
 def _path(name: str = "path") -> Callable[[Any], Any]:
     return click.argument(name, metavar=name.upper())
 
@@ -79,11 +92,27 @@ def _path(name: str = "path") -> Callable[[Any], Any]:
 _rules = click.option("--rules", metavar="FILE", help="Split rules of your own (JSON).")
 _layout = click.option(
     "--layout",
-    type=click.Choice(["auto", "rules"]),
+    type=click.Choice(["auto", "rules", "vllm"]),
     default="auto",
     show_default=True,
-    callback=lambda _context, _option, _value: "rules",  # all that auto can choose from
-    help="rules: names as in the source, split by rules.",
+    help="rules: names as in the source, split by rules. vllm: what vLLM's parameters hold. "
+    "auto: vllm where it is installed and knows the architecture.",
+)
+_load_layout = click.option(
+    "--layout",
+    type=click.Choice(["rules", "vllm"]),
+    default="rules",
+    show_default=True,
+    help="How an ordinary checkpoint is shared.",
+)
+_pp = click.option(
+    "--pp", type=click.IntRange(min=1), metavar="N", default=1, help="Pipeline stages (vllm)."
+)
+_engine_args = click.option(
+    "--engine-args",
+    metavar="JSON",
+    callback=lambda _context, _option, value: _engine_arguments(value),
+    help="vLLM's EngineArgs, such as '{\"enable_expert_parallel\": true}'.",
 )
 _dtype = click.option(
     "--dtype",
@@ -111,9 +140,11 @@ def inspect(**arguments: Any) -> Report:
 @cli.command()
 @_path("src")
 @click.option("--tp", type=click.IntRange(min=1), metavar="N", help="Tensor-parallel ranks.")
+@_pp
 @click.option("--rank", type=click.IntRange(min=0), metavar="R", required=True)
 @_layout
 @_rules
+@_engine_args
 @_dtype
 @_pattern
 @_common
@@ -129,8 +160,10 @@ def plan(src: str, **arguments: Any) -> Report:
 @click.option(
     "--tp", type=click.IntRange(min=1), metavar="N", required=True, help="Tensor-parallel ranks."
 )
+@_pp
 @_layout
 @_rules
+@_engine_args
 @_dtype
 @_pattern
 @click.option(
@@ -155,8 +188,10 @@ def shard(src: str, dst: str, **arguments: Any) -> Report:
 @click.option(
     "--tp", type=click.IntRange(min=1), metavar="N", help="Ranks that share an ordinary checkpoint."
 )
-@_layout
+@_pp
+@_load_layout
 @_rules
+@_engine_args
 @_dtype
 @_pattern
 @click.option("--verify", is_flag=True, help="Compare digests while reading.")
@@ -176,3 +211,27 @@ def load(path: str, **arguments: Any) -> Report:
 def verify(path: str, **arguments: Any) -> Report:
     """Check sizes, names, headers and digests of PATH; list all problems."""
     return api.verify(path, **arguments)
+
+
+@cli.group()
+def cache() -> None:
+    """Look after the directory that the vLLM loader keeps shards in (`cache` in its config)."""
+
+
+@cache.command("list")
+@_path("dir")
+@_common
+def cache_list(dir: str, **_: Any) -> Report:  # noqa: A002
+    """List the entries of DIR, the one used last first."""
+    return api.cache_list(dir)
+
+
+@cache.command("prune")
+@_path("dir")
+@click.option(
+    "--max-size", required=True, metavar="SIZE", help="What may stay: bytes, 100GB, 100GiB."
+)
+@_common
+def cache_prune(dir: str, max_size: str, **_: Any) -> Report:  # noqa: A002
+    """Remove entries of DIR, the one used longest ago first, until the rest fits."""
+    return api.cache_prune(dir, max_size=max_size)

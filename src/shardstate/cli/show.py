@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from typing import Any
 
 import click
@@ -28,9 +29,15 @@ def print_report(command: str, arguments: Mapping[str, Any], report: Report) -> 
 
 
 def _render(console: Console, command: str, arguments: Mapping[str, Any], report: Report) -> None:
-    {"inspect": _inspect, "plan": _plan, "shard": _shard, "load": _load, "verify": _verify}[
-        command
-    ](console, arguments, report)
+    {
+        "inspect": _inspect,
+        "plan": _plan,
+        "shard": _shard,
+        "load": _load,
+        "verify": _verify,
+        "list": _cache,
+        "prune": _cache,
+    }[command](console, arguments, report)
     for note in report.notes or ():
         console.print(f"note: {escape(note)}")
 
@@ -223,3 +230,15 @@ def _verify(console: Console, arguments: Mapping[str, Any], report: Report) -> N
 
 def _seconds(report: Report, phase: str) -> str:
     return f"{(report.phases or {}).get(phase, 0.0):.3g} s"
+
+
+def _cache(console: Console, _: Mapping[str, Any], report: Report) -> None:
+    table = _table("entry", "bytes", "last used", "ranks")
+    for entry in report.file_list or ():
+        used = datetime.fromtimestamp(entry["used"]).isoformat(" ", "minutes")
+        ranks = "all" if entry["committed"] else "some"
+        table.add_row(escape(entry["name"][:16]), size(entry["bytes"]), used, ranks)
+    if report.files:
+        console.print(table)
+    noun = "entry" if report.files == 1 else "entries"
+    console.print(f"{report.files} {noun}, {size(report.bytes)}")

@@ -213,6 +213,12 @@ class LocalStorage:
                     self.remove(name)
 
     @contextlib.contextmanager
+    def hold(self) -> Iterator[None]:
+        """Keep others from locking all of the directory, while it is read."""
+        with self._flock(".", fcntl.LOCK_SH):
+            yield
+
+    @contextlib.contextmanager
     def _flock(self, name: str, operation: int) -> Iterator[None]:
         """Hold a lock on the root (".") or on a file of its own, made for that."""
         path = self.location if name == "." else self._path(name)

@@ -11,14 +11,13 @@ import numpy as np
 import torch
 
 from shardstate.api.loading import check_blocks, log_loaded, raise_damage, stored_digests
+from shardstate.api.planners import Made, Request, rank_plan
 from shardstate.api.planning import (
     READ_THREADS,
-    Made,
     RulesArgument,
     describe_checkpoint,
     extra_notes,
     open_path,
-    rank_plan,
     reads_of,
     sizes_of,
     write_counted,
@@ -78,46 +77,83 @@ def load_model(
         raise UsageError(f"backend {backend!r}: expected native, {' or '.join(BACKENDS)}")
     phases = Phases()
     with open_path(path, pattern=pattern) as checkpoint:
-        with phases("open"):
-            place = _place(checkpoint, rank=rank, tp=tp, pp_rank=pp_rank, pp=pp)
-            report = describe_checkpoint(checkpoint)
-            _check_arguments(checkpoint, place, tp, allow_padding, verify, backend)
-        with phases("plan"):
-            width = place.tp if checkpoint.catalog is not None else None
-            index = _index(checkpoint, place)
-            made = rank_plan(checkpoint, index, width, "rules", rules, "keep")
-            padding = checkpoint.catalog is None if allow_padding is None else allow_padding
-            fit = _fit(model, checkpoint, made.plan.tensors, index, cast, padding)
-            fit.notes += [*_other_topology(checkpoint, place), *extra_notes(checkpoint, index)]
-            _refuse(fit, checkpoint, made, strict=strict)
-            plan = compose_plans(made.plan, fit.plan)
-            reads = reads_of([plan], threads=READ_THREADS)
-            write_planned(report, [plan], reads, checkpoint)
-            report.bytes = sum(fit.plan.catalog.nbytes(copy.source) for copy in fit.plan)
-            report.tensors = len(fit.plan)
-            report.ranks, report.topology = (index,), sizes_of(made.topology)
-            report.notes = tuple(fit.notes) or None
-        with phases("read"):
-            if backend == "native":
-                digests = stored_digests(made.plan.catalog) if verify else None
-                counters = execute(
-                    reads,
-                    storage=checkpoint.storage,
-                    target=target_for(list(fit.goals.values()), digests),
-                    threads=READ_THREADS,
-                    progress=progress,
-                    fills_memory=False,
-                )
-                write_counted(report, counters)
-                if digests is not None:
-                    report.problems = check_blocks(checkpoint, digests, index)
-            else:
-                fill(backend, checkpoint, made.plan.catalog, fit.goals)
-            for goal, twin in fit.twins:
-                goal.copy_(twin)
+        place = _place(checkpoint, rank=rank, tp=tp, pp_rank=pp_rank, pp=pp)
+        _check_arguments(checkpoint, place, tp, allow_padding, verify, backend)
+        report = load_place(
+            model,
+            checkpoint,
+            place,
+            rules=rules,
+            strict=strict,
+            cast=cast,
+            allow_padding=allow_padding,
+            verify=verify,
+            backend=backend,
+            threads=READ_THREADS,
+            progress=progress,
+            phases=phases,
+        )
+    log_loaded(report, rank=place.index, verify=verify, way=f"backend={backend}")
+    return report
+
+
+def load_place(
+    model: torch.nn.Module | Mapping[str, torch.Tensor],
+    checkpoint: Checkpoint,
+    place: Place,
+    *,
+    rules: RulesArgument,
+    strict: bool,
+    cast: bool,
+    allow_padding: bool | None,
+    verify: bool,
+    backend: str,
+    threads: int,
+    progress: Progress | None,
+    phases: Phases,
+) -> Report:
+    """Do what `load_model` does for a checkpoint that is open; arguments were checked.
+
+    `phases` began before it was opened. Nothing is logged.
+    """
+    with phases("open"):
+        report = describe_checkpoint(checkpoint)
+        index = _index(checkpoint, place)
+    with phases("plan"):
+        width = place.tp if checkpoint.catalog is not None else None
+        request = Request(tp=place.tp, rules=rules)
+        made = rank_plan(checkpoint, index, tp=width, layout="rules", request=request)
+        padding = checkpoint.catalog is None if allow_padding is None else allow_padding
+        fit = _fit(model, checkpoint, made.plan.tensors, index, cast, padding)
+        fit.notes += [*_other_topology(checkpoint, place), *extra_notes(checkpoint, index)]
+        _refuse(fit, checkpoint, made, strict=strict)
+        plan = compose_plans(made.plan, fit.plan)
+        reads = reads_of([plan], threads=threads)
+        write_planned(report, [plan], reads, checkpoint)
+        report.bytes = sum(fit.plan.catalog.nbytes(copy.source) for copy in fit.plan)
+        report.tensors = len(fit.plan)
+        report.ranks, report.topology = (index,), sizes_of(made.topology)
+        report.notes = tuple(fit.notes) or None
+    with phases("read"):
+        if backend == "native":
+            digests = stored_digests(made.plan.catalog) if verify else None
+            counters = execute(
+                reads,
+                storage=checkpoint.storage,
+                target=target_for(list(fit.goals.values()), digests),
+                threads=threads,
+                progress=progress,
+                fills_memory=False,
+            )
+            write_counted(report, counters)
+            if digests is not None:
+                report.problems = check_blocks(checkpoint, digests, index)
+        else:
+            fill(backend, checkpoint, made.plan.catalog, fit.goals)
+        for goal, twin in fit.twins:
+            goal.copy_(twin)
     phases.finish(report, main="read")
     raise_damage(report)
-    log_loaded(report, rank=place.index, verify=verify, way=f"backend={backend}")
     return report
 
 
@@ -154,7 +190,9 @@ def _place(
 def _index(checkpoint: Checkpoint, place: Place) -> int:
     """Return the global rank of `place` among those of the set, or of the model."""
     topology = checkpoint.topology
-    return place.index if topology is None else place.pp_rank * topology.tp + place.rank
+    if topology is None:
+        return place.index
+    return (place.dp_rank * topology.pp + place.pp_rank) * topology.tp + place.rank
 
 
 def _other_topology(checkpoint: Checkpoint, place: Place) -> list[str]:

@@ -20,6 +20,7 @@ class Place:
     pp_rank: int
     pp: int
     group: bool
+    dp_rank: int = 0  # where experts span data-parallel workers
 
     @property
     def world(self) -> int:
@@ -28,7 +29,7 @@ class Place:
     @property
     def index(self) -> int:
         """The global rank."""
-        return self.pp_rank * self.tp + self.rank
+        return (self.dp_rank * self.pp + self.pp_rank) * self.tp + self.rank
 
 
 def in_group() -> bool:

@@ -6,22 +6,23 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
 from shardstate.api import MAX_PART_SIZE, parse_size
 from shardstate.api.planning import local_path, nbytes_of, reads_of, sizes_of
+from shardstate.coalesce import Read
 from shardstate.commit import SetWriter
-from shardstate.engine import Progress, execute
+from shardstate.engine import Counters, Progress, execute
 from shardstate.errors import InputError, TargetBusy, UsageError
 from shardstate.manifest import PartEntry, SetInfo, Sizes
 from shardstate.names import COMMIT_LOCK, check_pattern, default_pattern, lock_name
 from shardstate.parts import PartFile, plan_parts
-from shardstate.plan import bytes_wanted
+from shardstate.plan import Plan, bytes_wanted, padding_boxes
 from shardstate.report import Phases, Report
 from shardstate.sharding import Topology
-from shardstate.storage import LocalStorage
+from shardstate.storage import LocalStorage, Storage
 from shardstate.targets import FilesTarget
 from shardstate.torch.aliases import equal_groups, filter_subtensors
 from shardstate.torch.ranks import Place, broadcast_id, place_of
@@ -44,6 +45,7 @@ def save_model(
     max_part_size: int | str = MAX_PART_SIZE,
     save_id: str | None = None,
     progress: Progress | None = None,
+    stage: str = "model",
 ) -> Report:
     """Save the state dict of one rank of `model` under `path`; the last rank commits the set.
 
@@ -54,6 +56,7 @@ def save_model(
     `save_id` names this generation of the set: rank 0's random one inside torch.distributed, a
     random one where there is a single rank; elsewhere give one that is new, and equal on all ranks.
     `ValueError` (`UsageError`) where it is missing, malformed, or there already for this rank.
+    `stage` is "kernel" for tensors that an engine has repacked.
     """
     phases = Phases()
     with phases("plan"):
@@ -84,7 +87,7 @@ def save_model(
         info = SetInfo(
             topology=Sizes(topology.tp, topology.pp),
             layout="rules",
-            stage="model",
+            stage=stage,
             pattern=template.text,
             dtype="keep",
         )
@@ -100,37 +103,71 @@ def save_model(
         report.bytes, report.bytes_wanted = nbytes_of(plan.tensors), bytes_wanted([plan])
         report.tensors = len(plan.tensors)
     with phases("write"), LocalStorage(local_path(path), create=True) as target:
-        with target.lock(lock_name(place.index)):
-            writer = SetWriter(
-                target, set_id=identifier, info=info, companions=(), source_identity=()
-            )
-            writer.begin_rank(place.index)
-            entries: dict[int, PartEntry] = {}
-            with FilesTarget(
-                target, [parts], lambda part, entry: entries.__setitem__(part.part, entry)
-            ) as outputs:
-                counters = execute(
-                    reads,
-                    storage=TensorStorage(kept),
-                    target=outputs,
-                    threads=SAVE_THREADS,
-                    progress=progress,
-                    fills_memory=False,
-                )
-            writer.finish_rank(
-                place.index,
-                [entries[part.part] for part in parts],
-                padding={},
-                provenance=None,
-                aliases=equal_groups(tensors),
-            )
-            lacking = _commit(target, writer)
+        counters, lacking = write_rank(
+            target,
+            set_id=identifier,
+            info=info,
+            rank=place.index,
+            plan=plan,
+            parts=parts,
+            reads=reads,
+            source=TensorStorage(kept),
+            aliases=equal_groups(tensors),
+            threads=SAVE_THREADS,
+            progress=progress,
+        )
     report.bytes_read, report.requests = counters.bytes_read, counters.requests
     report.peak_extra_bytes = counters.peak_extra_bytes
     report.committed = not lacking
     if lacking:
         report.notes = (f"committed when ranks {', '.join(map(str, lacking))} are saved too",)
     return phases.finish(report, main="write")
+
+
+def write_rank(
+    target: LocalStorage,
+    *,
+    set_id: str,
+    info: SetInfo,
+    rank: int,
+    plan: Plan,
+    parts: Sequence[PartFile],
+    reads: Sequence[Read],
+    source: Storage,
+    aliases: Sequence[tuple[str, ...]],
+    threads: int,
+    progress: Progress | None,
+    check: Callable[[], None] = lambda: None,
+) -> tuple[Counters, tuple[int, ...]]:
+    """Write and commit one rank of a set, others perhaps at the same time.
+
+    `check` is called before the rank is committed, and may raise. Return what it took, and the
+    ranks that the set still lacks; the last rank commits it.
+    """
+    with target.lock(lock_name(rank)):
+        writer = SetWriter(target, set_id=set_id, info=info, companions=(), source_identity=())
+        writer.begin_rank(rank)
+        entries: dict[int, PartEntry] = {}
+        with FilesTarget(
+            target, [parts], lambda part, entry: entries.__setitem__(part.part, entry)
+        ) as outputs:
+            counters = execute(
+                reads,
+                storage=source,
+                target=outputs,
+                threads=threads,
+                progress=progress,
+                fills_memory=False,
+            )
+        check()
+        writer.finish_rank(
+            rank,
+            [entries[part.part] for part in parts],
+            padding=padding_boxes(plan.fills, plan.tensors),
+            provenance=None,
+            aliases=aliases,
+        )
+        return counters, _commit(target, writer)
 
 
 def _commit(target: LocalStorage, writer: SetWriter) -> tuple[int, ...]:

@@ -1,0 +1,5 @@
+"""shardstate inside vLLM: the load format `shardstate`, and sharding without an engine."""
+
+from shardstate.vllm.loader import ShardedStateLoader
+
+__all__ = ["ShardedStateLoader"]

@@ -1,0 +1,63 @@
+"""What `--model-loader-extra-config` may say for the load format `shardstate`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from shardstate.errors import UsageError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """The keys, and their defaults."""
+
+    pattern: str | None = None  # names of rank files; None: what the set says, or vLLM's
+    source: str | None = None  # a location that overrides the target model's
+    cache: str | None = None  # a directory that keeps shards for the next start
+    verify: bool = False  # compare digests while reading a set of ours
+    strict: bool = True  # missing and unexpected names, another engine version: an error
+    threads: int | None = None  # that read at once
+    direct: bool = False  # past the page cache
+    backend: str = "native"  # or "safetensors", "runai": read whole rank files their way
+
+
+_KINDS: Mapping[str, tuple[type, str]] = {
+    "pattern": (str, "a text"),
+    "source": (str, "a text"),
+    "cache": (str, "a text"),
+    "verify": (bool, "true or false"),
+    "strict": (bool, "true or false"),
+    "threads": (int, "a number, 1 or more"),
+    "direct": (bool, "true or false"),
+    "backend": (str, "native, safetensors or runai"),
+}
+
+
+def parse_settings(config: object) -> Settings:
+    """Return what an extra config says; `UsageError`, a `ValueError`, lists what is allowed."""
+    allowed = ", ".join(f"{name} ({what})" for name, (_, what) in _KINDS.items())
+    where = "model_loader_extra_config of load format shardstate"
+    if not isinstance(config, Mapping):
+        raise UsageError(f"{where}: is a {type(config).__name__}, expected a dict of {allowed}")
+    if unknown := sorted(
+        str(key) for key in set(config) - {each.name for each in fields(Settings)}
+    ):
+        raise UsageError(f"{where}: unknown {', '.join(unknown)}; allowed are {allowed}")
+    given: dict[str, Any] = {}
+    for name, value in config.items():
+        kind, what = _KINDS[name]
+        wrong = not isinstance(value, kind) or (kind is int and isinstance(value, bool))
+        if value is not None and (wrong or (kind is int and value < 1)):
+            raise UsageError(
+                f"{where}: {name} is {value!r}, expected {what}; allowed are {allowed}"
+            )
+        if value is not None:
+            given[name] = value
+    settings = Settings(**given)
+    if settings.backend not in ("native", "safetensors", "runai"):
+        raise UsageError(
+            f"{where}: backend is {settings.backend!r}, expected {_KINDS['backend'][1]}"
+        )
+    return settings
