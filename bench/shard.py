@@ -4,7 +4,7 @@ Both end with fsync. Rounds are interleaved and begin with nothing left to write
 the page cache for both, as far as memory allows. Prints one JSON line; figures are medians.
 `ratio` is the median time of cp by the median `phases.write` of shard: above 1 is faster than cp.
 
-    python bench/shard.py [--source DIR] [--tp 8] [--rounds 5] [--work bench/out]
+    python bench/shard.py [--source DIR] [--tp 8] [--layout rules] [--rounds 5] [--work bench/out]
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--source", type=Path)
     parser.add_argument("--tp", type=int, default=8)
+    parser.add_argument("--layout", default="rules", help="vllm: run it where vLLM is installed")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--work", type=Path, default=Path("bench/out"))
     arguments = parser.parse_args()
@@ -62,7 +63,7 @@ def main() -> None:
         seconds = copy(source, target)
         shutil.rmtree(target)
         os.sync()
-        report = shardstate.shard(source, target, tp=arguments.tp)
+        report = shardstate.shard(source, target, tp=arguments.tp, layout=arguments.layout)
         if number:  # the first round warms caches and counts for nobody
             copies.append(seconds)
             writes.append(report.phases["write"])
@@ -76,10 +77,12 @@ def main() -> None:
         "bench": "shard",
         "bytes": report.bytes,
         "tp": arguments.tp,
+        "layout": arguments.layout,
         "rounds": arguments.rounds,
         "cp_fsync_seconds": spread(copies),
         "shard_write_seconds": spread(writes),
         "shard_all_seconds": spread(totals),
+        "phases_of_the_last": {k: round(v, 3) for k, v in report.phases.items()},
         "shard_write_gbps": round(gigabytes / statistics.median(writes), 3),
         "cp_gbps": round(gigabytes / statistics.median(copies), 3),
         "ratio": round(statistics.median(copies) / statistics.median(writes), 2),

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from reference import carry_out, catalog_in_memory, offsets, shared_tensors, sides
 from shardstate.catalog import Catalog, Tensors
-from shardstate.coalesce import OVERREAD, Piece, Read, plan_reads
+from shardstate.coalesce import ASSEMBLY_BYTES, OVERREAD, Piece, Read, Segment, plan_reads
 from shardstate.digest import BLOCK_BYTES
 from shardstate.dtypes import DTYPES, cast_array, numpy_dtype
-from shardstate.layout import Move, Region, Shape, canonical
+from shardstate.layout import Loop, Move, Region, Shape, canonical, strides_of
 from shardstate.plan import Copy, Fill, Literal, Plan, bytes_wanted, make_plan, plan_shares
 from shardstate.sharding import Kind, KvHeads, Rank, Replicate, Split, Vocabulary
 
@@ -425,6 +425,155 @@ def check_runs(piece: Piece) -> None:
     taken = DTYPES[piece.source_dtype].itemsize
     assert piece.base + int(reads.min()) * taken == piece.begin
     assert piece.base + (int(reads.max()) + 1) * taken == piece.end
+
+
+# -- copies that do not keep the order of their source: tests/test_out_of_order.py carries them out
+
+
+def sparse(*shapes: Shape) -> Catalog:
+    """Return the catalog of BF16 tensors of these shapes, one after the other in one file."""
+    ends = np.cumsum([8, *(2 * int(np.prod(shape)) for shape in shapes)])
+    return Catalog(
+        tuple(map(str, range(len(shapes)))),
+        ("BF16",) * len(shapes),
+        shapes,
+        ("f",),
+        (int(ends[-1]),),
+        np.zeros(len(shapes), dtype=np.int32),
+        ends[:-1].astype(np.int64),
+    )
+
+
+def plan_of(catalog: Catalog, shape: Shape, *copies: tuple[int, int, int, Sequence[Loop]]) -> Plan:
+    """Return the plan of one tensor made of (row of the catalog, source, dest, loops)."""
+    return make_plan(
+        catalog,
+        Tensors(("t",), ("BF16",), (shape,)),
+        [
+            Copy(row, 0, "BF16", "BF16", Move(source, dest, canonical(loops)))
+            for row, source, dest, loops in copies
+        ],
+    )
+
+
+def transposed(catalog: Catalog) -> Plan:
+    """Return the plan that swaps the last two axes of the first tensor."""
+    *outer, rows, columns = catalog.shapes[0]
+    size = rows * columns
+    loops = [(n, size * s, size * s) for n, s in zip(outer, strides_of(tuple(outer)), strict=True)]
+    loops += [(rows, columns, 1), (columns, 1, rows)]
+    return plan_of(catalog, (*outer, columns, rows), (0, 0, 0, loops))
+
+
+def assembled(plans: Sequence[Plan]) -> tuple[list[Read], list[Segment]]:
+    """Return the reads of `plans` with the usual limits, and their segments."""
+    reads = reads_of(plans, gap=256 << 10, in_dest_order=True)
+    found = {piece.segment for read in reads for piece in read.pieces}
+    return reads, [segment for segment in found if segment is not None]
+
+
+def asked(reads: Sequence[Read]) -> int:
+    return sum(read.nbytes for read in reads)
+
+
+@given(worlds, limits, st.data())
+def test_copies_that_keep_the_order_need_no_assembly(
+    world: int, limit: tuple[int, int, int], data: st.DataObject
+) -> None:
+    tensors, kinds = data.draw(shared_tensors(world))
+    catalog, _ = catalog_in_memory(tensors, files=2)
+    size, factor, gap = limit
+    plans = plans_of(catalog, kinds, world)
+    reads = reads_of(plans, piece=size, read=size * factor, gap=gap, in_dest_order=True)
+    assert not any(piece.segment for read in reads for piece in read.pieces)
+
+
+def test_small_transposes_need_no_assembly() -> None:
+    plan = transposed(sparse((100, 512, 512)))
+    reads, segments = assembled([plan])
+    assert segments == []
+    assert (len(reads), asked(reads)) == (7, bytes_wanted([plan]))
+
+
+def test_columns_side_by_side_are_read_in_blocks_of_rows() -> None:
+    rows = 100_000
+    plan = plan_of(
+        sparse((rows, 512), (rows, 64)),
+        (rows, 576),
+        (0, 0, 0, [(rows, 512, 576), (512, 1, 1)]),
+        (1, 0, 512, [(rows, 64, 576), (64, 1, 1)]),
+    )
+    reads, segments = assembled([plan])
+    assert asked(reads) == bytes_wanted([plan])
+    assert sum(len(read.pieces) for read in reads) == len(reads) == 2 * len(segments) == 56
+    assert max(segment.nbytes for segment in segments) <= BLOCK_BYTES
+
+
+def test_a_huge_transpose_is_read_once_for_each_assembly() -> None:
+    reads, segments = assembled([transposed(sparse((8192, 65536)))])  # 1 GiB
+    assert len(segments) == (1 << 30) // ASSEMBLY_BYTES
+    assert asked(reads) <= len(segments) << 30
+    assert max(read.nbytes for read in reads) <= 2 * BLOCK_BYTES
+
+
+def test_wide_gaps_of_a_huge_transpose_are_not_read_over() -> None:
+    plan = transposed(sparse((512, 1 << 18)))  # rows of 512 KiB: a request for each is cheaper
+    reads, segments = assembled([plan])
+    assert len(segments) == (256 << 20) // ASSEMBLY_BYTES
+    assert asked(reads) == bytes_wanted([plan])
+
+
+@pytest.mark.parametrize(("inner", "segment", "requests"), [(64, 4 << 20, 4), (4096, 0, 64)])
+def test_halves_of_experts(inner: int, segment: int, requests: int) -> None:
+    # Halves of 256 KiB are assembled, 8 experts at a time; those of 16 MiB are runs by themselves.
+    experts, half = 16, inner * 2048
+    loops = [(experts, half, 2 * half), (half, 1, 1)]
+    plan = plan_of(
+        sparse(*[(experts, inner, 2048)] * 2),
+        (experts, 2 * inner, 2048),
+        *((i, 0, i * half, loops) for i in (0, 1)),
+    )
+    reads, segments = assembled([plan])
+    assert (asked(reads), len(reads)) == (bytes_wanted([plan]), requests)
+    assert {each.nbytes for each in segments} == ({segment} if segment else set())
+
+
+def test_parts_of_one_source_are_read_together() -> None:
+    # [E, H, 2 I] → [E, 2 I, H]: even columns first, then odd ones, of the same bytes.
+    experts, hidden, inner = 4, 2880, 1440
+    size = 2 * inner * hidden
+    loops = [(experts, size, size), (inner, 2, hidden), (hidden, 2 * inner, 1)]
+    plan = plan_of(
+        sparse((experts, hidden, 2 * inner)),
+        (experts, 2 * inner, hidden),
+        *((0, i, i * inner * hidden, loops) for i in (0, 1)),
+    )
+    reads, segments = assembled([plan])
+    assert len(segments) == experts
+    assert asked(reads) == bytes_wanted([plan])
+
+
+def test_ranks_are_in_step_where_they_transpose() -> None:
+    world, experts, rows, columns = 8, 4, 2048, 8192
+    own, size = columns // world, rows * columns
+    loops = [(experts, size, own * rows), (own, 1, rows), (rows, columns, 1)]
+    catalog = sparse((experts, rows, columns))
+    plans = [plan_of(catalog, (experts, own, rows), (0, r * own, 0, loops)) for r in range(world)]
+    reads, segments = assembled(plans)
+    assert asked(reads) == bytes_wanted(plans)
+    assert len(reads) == bytes_wanted(plans) // (2 * BLOCK_BYTES)
+    assert sum(each.nbytes for each in segments if not each.at) * world <= ASSEMBLY_BYTES
+    assert asked(assembled(plans[3:4])[0]) <= bytes_wanted(plans)
+
+
+def test_gaps_between_transposes_are_read_over() -> None:
+    loops = [(1000, 1000, 1), (1000, 1, 1000)]
+    plan = make_plan(
+        sparse((1000, 1000), (4,), (1000, 1000)),
+        Tensors(("a", "b"), ("BF16", "BF16"), ((1000, 1000), (1000, 1000))),
+        [Copy(2 * i, i, "BF16", "BF16", Move(0, 0, canonical(loops))) for i in (0, 1)],
+    )
+    assert [read.nbytes for read in assembled([plan])[0]] == [4_000_008]
 
 
 def test_no_plan_needs_no_read() -> None:

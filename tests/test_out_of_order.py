@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import threading
+import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,15 +12,17 @@ from math import prod
 from pathlib import Path
 
 import numpy as np
+import pytest
 from blake3 import blake3
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardstate.catalog import Catalog, Tensors, catalog_of
-from shardstate.coalesce import ASSEMBLY_BYTES, Read, Segment, plan_reads
+from shardstate.coalesce import ASSEMBLY_BYTES, Piece, Read, Segment, plan_reads
 from shardstate.digest import BLOCK_BYTES
 from shardstate.dtypes import DTYPES, cast_array, numpy_dtype
 from shardstate.engine import Counters, execute
+from shardstate.errors import StorageError
 from shardstate.header import PREFIX_BYTES, parse_header, serialise_header
 from shardstate.layout import Move, Region, canonical, runs
 from shardstate.manifest import PartEntry
@@ -28,6 +31,7 @@ from shardstate.parts import PartFile, plan_parts
 from shardstate.plan import Copy, Fill, Literal, Plan, make_plan
 from shardstate.storage import LocalStorage
 from shardstate.targets import FilesTarget
+from shardstate.targets.base import Assembly
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 SECONDS = 60  # no run here needs more than a few
@@ -231,8 +235,7 @@ def check_reads(reads: Sequence[Read], plans: Sequence[Plan], limits: Limits) ->
     latest: dict[int, Segment] = {}
     for read in reads:
         largest = max(max(piece.end - piece.begin, piece.nbytes) for piece in read.pieces)
-        # Pieces that overlap are read together, and the next one begins inside of them.
-        assert read.nbytes <= max(limits.read, 0) + 2 * largest
+        assert read.nbytes <= max(limits.read + 2 * limits.piece, largest)
         for piece in read.pieces:
             assert piece.nbytes <= max(limits.piece, 8)
             assert piece.value is not None or piece.end - piece.begin <= max(limits.piece, 8)
@@ -407,3 +410,135 @@ def test_any_plan_is_written(
         reads, _, written = write(plans, path, limits, part_bytes=part_bytes)
         check_reads(reads, plans, limits)
         check_files(path, ranks, written)
+
+
+# -- large examples: tensors of several digest blocks --------------------------------------------
+
+
+def noise(*shape: int) -> np.ndarray:
+    return (
+        np.random.default_rng(0)
+        .integers(0, 1 << 16, shape, dtype=np.uint16)
+        .view(numpy_dtype("BF16"))
+    )
+
+
+def written_and_checked(
+    path: Path, sources: Sequence[np.ndarray], ranks: Sequence[Rank], limits: Limits
+) -> tuple[list[Read], Counters]:
+    """Write what `ranks` make of BF16 `sources`; compare files and digests with numpy."""
+    catalog = stored(path, {f"s{i}": ("BF16", each) for i, each in enumerate(sources)})
+    plans = [rank.plan(catalog) for rank in ranks]
+    reads, counters, written = write(plans, path, limits)
+    check_reads(reads, plans, limits)
+    check_files(path, ranks, written)
+    return reads, counters
+
+
+def segments(reads: Sequence[Read]) -> list[int]:
+    """Return the bytes of each segment, in order; of one slot."""
+    found = {piece.segment for read in reads for piece in read.pieces}
+    return [each.nbytes for each in sorted(found - {None}, key=lambda segment: segment.at)]
+
+
+@pytest.mark.parametrize("threads", [1, 2, 4, 8])
+def test_a_stack_of_transposed_experts(tmp_path: Path, threads: int) -> None:
+    experts = noise(3, 2048, 1536)
+    rank = Rank()
+    view = rank.tensor("BF16", 3, 1536, 2048)
+    rank.copy(0, experts, experts.swapaxes(1, 2), "BF16", view)
+    reads, counters = written_and_checked(tmp_path, [experts], [rank], Limits(threads=threads))
+    assert segments(reads) == [6 << 20] * 3
+    assert (counters.bytes_read, counters.requests) == (experts.nbytes, 3)
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_columns_side_by_side(tmp_path: Path, threads: int) -> None:
+    left, right = noise(13000, 1100), noise(13000, 76)  # 30 MiB; rows of 2352 bytes
+    rank = Rank()
+    view = rank.tensor("BF16", 13000, 1176)
+    rank.copy(0, left, left, "BF16", view[:, :1100])
+    rank.copy(1, right, right, "BF16", view[:, 1100:])
+    reads, counters = written_and_checked(tmp_path, [left, right], [rank], Limits(threads=threads))
+    assert max(segments(reads)) <= BLOCK_BYTES
+    assert counters.bytes_read == left.nbytes + right.nbytes
+    assert counters.requests == 2 * len(segments(reads)) == 16
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_a_transpose_that_exceeds_the_assembly(tmp_path: Path, threads: int) -> None:
+    array = noise(10240, 5120)
+    rank = Rank()
+    rank.copy(0, array, array.T, "BF16", rank.tensor("BF16", 5120, 10240))
+    reads, counters = written_and_checked(tmp_path, [array], [rank], Limits(threads=threads))
+    # 100 MiB in 64 MiB: two passes over whole rows.
+    assert len(segments(reads)) == 2
+    assert counters.bytes_read <= 2 * array.nbytes
+    assert counters.requests <= 2 * (array.nbytes // BLOCK_BYTES + 1)
+    assert counters.peak_extra_bytes < ASSEMBLY_BYTES + threads * 3 * 2 * BLOCK_BYTES
+
+
+@pytest.mark.parametrize("tag", ["BF16", "F32"])
+def test_ranks_transpose_their_columns_in_step(tmp_path: Path, tag: str) -> None:
+    experts = noise(2, 1024, 6144)
+    ranks = [Rank() for _ in range(8)]
+    for i, rank in enumerate(ranks):
+        own = experts[:, :, i * 768 : (i + 1) * 768]
+        rank.copy(0, experts, own.swapaxes(1, 2), "BF16", rank.tensor(tag, 2, 768, 1024))
+    _, counters = written_and_checked(tmp_path, [experts], ranks, Limits(threads=4))
+    assert counters.bytes_read == experts.nbytes
+
+
+# -- waiting and giving up -----------------------------------------------------------------------
+
+
+class Failing(LocalStorage):
+    """The third large read fails, while others wait for what it would bring."""
+
+    reads = 0
+
+    def read_into(self, name: str, begin: int, views: Sequence[memoryview]) -> None:
+        self.reads += 1
+        if self.reads == 3:
+            time.sleep(0.1)
+            raise StorageError(f"{name}: the disk is gone")
+        super().read_into(name, begin, views)
+
+
+def test_an_error_ends_all_waiting(tmp_path: Path) -> None:
+    array = noise(16, 1536, 1536)
+    rank = Rank()
+    rank.copy(0, array, array.swapaxes(1, 2), "BF16", rank.tensor("BF16", 16, 1536, 1536))
+    plan = rank.plan(stored(tmp_path, {"s0": ("BF16", array)}))
+    before = threading.active_count()
+    limits = Limits(read=BLOCK_BYTES, room=5 << 20, threads=6)
+    with pytest.raises(StorageError, match="the disk is gone"):
+        write([plan], tmp_path, limits, storage=Failing)
+    assert threading.active_count() == before
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_an_assembly_keeps_to_its_room() -> None:
+    assembly = Assembly(10)
+    three = [Segment(0, 4, 0), Segment(4, 8, 4), Segment(8, 12, 8)]
+
+    def half(segment: Segment, second: bool) -> np.ndarray | None:
+        move = Move(0, segment.begin + 2 * second, ((2, 1, 1),))
+        piece = Piece(0, 0, move, "U8", "U8", -1, 0, b"ab", segment)
+        return assembly.put(piece, Read(None, 0, 0, (piece,)), None)
+
+    assert half(three[0], False) is None
+    assert half(three[1], True) is None
+    waiting = threading.Thread(target=half, args=(three[2], False), daemon=True)
+    waiting.start()
+    complete = half(three[1], False)
+    assert complete is not None
+    assert complete.tobytes() == b"abab"
+    assembly.release(three[1])  # out of turn: what is counted begins with the first one
+    waiting.join(0.1)
+    assert waiting.is_alive()
+    assert half(three[0], True) is not None
+    assembly.release(three[0])
+    waiting.join(SECONDS)
+    assert not waiting.is_alive()
+    assert half(three[2], True) is not None

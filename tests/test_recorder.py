@@ -152,6 +152,24 @@ def test_movement_without_arithmetic_reads_nothing(big):
     assert plan.opaque == {}
 
 
+def test_loading_code_may_run_in_inference_mode():
+    """There whole operations arrive that elsewhere are taken apart before."""
+
+    def build():
+        return {"p": torch.zeros(8, 6), "q": torch.zeros(6, 8)}
+
+    def load(state, weights):
+        @torch.inference_mode()
+        def merged():
+            w = weights["w"]
+            return torch.matmul(w.narrow(0, 0, 6).to("cpu"), w.reshape(6, 8).contiguous())
+
+        state["p"].copy_(weights["w"])
+        state["q"].copy_(merged().clamp(-9, 9))
+
+    compare(ONE, build, load)
+
+
 def test_what_was_computed_is_opaque():
     def build():
         return {"p": torch.empty(8, 6), "q": torch.empty(8, 6)}

@@ -20,6 +20,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from math import prod
 from operator import itemgetter
 from typing import NamedTuple
 
@@ -82,8 +83,11 @@ class Piece:
     @property
     def source_full(self) -> bool:
         """Whether it needs all bytes from its first to its last, in whatever order."""
+        if self.source_run:
+            return True
         width = DTYPES[self.source_dtype].itemsize
-        return self.source_run or self.end - self.begin == self.move.size * width
+        elements = prod(n for n, source, _ in self.move.loops if source)
+        return self.end - self.begin == elements * width
 
     @property
     def dest_run(self) -> tuple[int, int] | None:
@@ -150,9 +154,9 @@ def plan_reads(
 
     `in_dest_order`: by destination tensor, all plans in step, so that each output is one sequential
     stream; otherwise by file and offset. `wanted` limits each plan to some rows of its tensors.
-    A read has at most `read_bytes`, unless its pieces overlap in the file. Gaps of up to
-    `max_gap_bytes` are read over, the smallest first, as far as `OVERREAD` allows. A segment has at
-    most an equal share of `assembly_bytes` for each plan: where that is less than a transpose
+    A read has at most `read_bytes`, and two pieces more where those overlap in the file. Gaps of up
+    to `max_gap_bytes` are read over, the smallest first, as far as `OVERREAD` allows. A segment has
+    at most an equal share of `assembly_bytes` for each plan: where that is less than a transpose
     needs, the same bytes are read again for each segment.
     """
     names = sorted({name for plan in plans for name in plan.catalog.files})
@@ -177,6 +181,7 @@ def plan_reads(
     spans = [(key[place + 1], piece.end) for key, piece in keyed]
     bridged = _bridged_gaps(pieces, spans, files, max_gap_bytes)
     reads: list[Read] = []
+    most = read_bytes + 2 * piece_bytes
     start, begin, end = 0, 0, 0
     for i, (a, b) in enumerate(spans):
         if i > start and (
@@ -184,7 +189,7 @@ def plan_reads(
             or files[i] < 0
             or a < begin
             or (a > end and i not in bridged)
-            or (a >= end and max(b, end) - begin > read_bytes)
+            or max(b, end) - begin > (read_bytes if a >= end else most)
         ):
             reads.append(_read(names, files[start], begin, end, pieces[start:i]))
             start = i
@@ -278,12 +283,15 @@ class _Cluster(NamedTuple):
     sharing: bool  # whether some belong here only because they read the same bytes
 
 
-def _clusters(parts: Iterable[_Part], room: int) -> Iterator[_Cluster]:
+def _clusters(parts: Sequence[_Part], room: int) -> Iterator[_Cluster]:
     """Yield `parts` of one tensor in its order; those together whose destinations interleave.
 
     Those together as well that read the same bytes, as far as they fit into `room`: assembled
     together, they need these bytes once.
     """
+    if len(parts) == 1:  # nearly all tensors of nearly all models
+        yield _Cluster(*parts[0][0].dest_span, [parts[0]], False)
+        return
     found: list[_Part] = []
     first = last = 0
     sharing = False

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import pickle
 import sys
 import tempfile
 import traceback
@@ -205,10 +204,10 @@ def run_forked(function: Callable[..., Any], *arguments: Any) -> Any:
             try:
                 torch.set_num_threads(1)
                 try:
-                    result = pickle.dumps((True, function(*arguments)))
+                    result = (True, function(*arguments))
                 except BaseException:
-                    result = pickle.dumps((False, traceback.format_exc()))
-                answer.write(result)
+                    result = (False, traceback.format_exc())
+                torch.save(result, answer)  # pickle alone cannot take 8-bit floats
                 answer.flush()
                 code = 0
             finally:
@@ -217,7 +216,7 @@ def run_forked(function: Callable[..., Any], *arguments: Any) -> Any:
         if status:
             raise RuntimeError(f"the child ended with status {os.waitstatus_to_exitcode(status)}")
         answer.seek(0)
-        worked, value = pickle.load(answer)
+        worked, value = torch.load(answer, weights_only=False)
     if not worked:
         raise RuntimeError(f"in the child:\n{value}")
     return value

@@ -92,6 +92,8 @@ class VllmPlanner:
                 f"rank {rank} is out of range; expected 0 to {self.topology.world - 1}"
             )
         before = Registrations(self._config)
+        # All that vLLM imported is no garbage of ours: going through it takes most of a second.
+        gc.freeze()
         try:
             with as_worker(self._config, rank):
                 return self._recorded()
@@ -107,6 +109,7 @@ class VllmPlanner:
         finally:
             before.restore()
             gc.collect()
+            gc.unfreeze()
 
     def _recorded(self) -> Made:
         model_config = self._config.model_config

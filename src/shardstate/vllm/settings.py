@@ -56,6 +56,8 @@ def parse_settings(config: object) -> Settings:
         if value is not None:
             given[name] = value
     settings = Settings(**given)
+    if settings.direct:
+        raise UsageError(f"{where}: direct is not built yet; leave it out")
     if settings.backend not in ("native", "safetensors", "runai"):
         raise UsageError(
             f"{where}: backend is {settings.backend!r}, expected {_KINDS['backend'][1]}"

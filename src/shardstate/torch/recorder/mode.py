@@ -228,11 +228,18 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return known[packet]
         if packet in _EMPTY or packet in _FILLED:
             return self._create
+        if hasattr(func, "_can_decompose") and func._can_decompose():
+            return self._decompose
         if packet in _RANDOM:
             return self._randomise
         if not _writes(func) and any(each.alias_info is not None for each in _returns(func)):
             return self._view
         return self._compute
+
+    def _decompose(self, func: Any, args: _Args, kwargs: _Kwargs) -> Any:
+        """Carry out an operation that arrives whole in inference mode, and else as its parts."""
+        with self:
+            return func.decompose(*args, **kwargs)
 
     def _view(self, func: Any, args: _Args, kwargs: _Kwargs) -> Any:
         base = args[0]
@@ -607,6 +614,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     # Making things
 
     def _standin(self, memory: Memory, geometry: Geometry, device: torch.device) -> Standin:
+        if torch.is_inference_mode_enabled():  # where views of other tensors cannot be inference's
+            with torch.inference_mode(False):
+                return Standin(memory, geometry, device, self.dispatch)
         return Standin(memory, geometry, device, self.dispatch)
 
     def _made(
