@@ -269,12 +269,18 @@ def check_reads(reads: Sequence[Read], plans: Sequence[Plan], limits: Limits) ->
 # -- random plans -------------------------------------------------------------------------------
 
 
+# Mostly such as can be transposed.
+shapes = st.one_of(
+    st.lists(st.integers(3, 12), min_size=2, max_size=3), st.lists(st.integers(1, 12), max_size=3)
+)
+
+
 def source_arrays(draw: st.DrawFn) -> list[tuple[str, np.ndarray]]:
     random = np.random.default_rng(draw(st.integers(0, 9)))
     found = []
     for _ in range(draw(st.integers(1, 3))):
         tag = draw(st.sampled_from([*FLOATS, "F32", "BF16", "U8", "I32"]))
-        shape = draw(st.lists(st.integers(1, 12), min_size=1, max_size=3))
+        shape = draw(shapes.filter(bool))
         if tag in FLOATS:
             found.append((tag, random.standard_normal(shape).astype(numpy_dtype(tag))))
         else:
@@ -372,7 +378,7 @@ def random_ranks(draw: st.DrawFn) -> tuple[list[tuple[str, np.ndarray]], list[Ra
         for _ in range(draw(st.integers(1, 3))):
             tags = [tag for tag, _ in sources]
             tag = draw(st.sampled_from([*tags, *tags, "F32", "BF16"]))
-            shape = draw(st.lists(st.integers(1, 12), max_size=3))
+            shape = draw(shapes)
             views = [rank.tensor(tag, *shape) for rank in group]
             cover(draw, sources, group, views, draw(st.integers(0, 4)))
     return sources, ranks
@@ -450,6 +456,43 @@ def test_a_stack_of_transposed_experts(tmp_path: Path, threads: int) -> None:
     reads, counters = written_and_checked(tmp_path, [experts], [rank], Limits(threads=threads))
     assert segments(reads) == [6 << 20] * 3
     assert (counters.bytes_read, counters.requests) == (experts.nbytes, 3)
+
+
+@pytest.mark.parametrize("axis", [1, 2])
+def test_two_ranks_share_a_stack_of_transposed_experts(tmp_path: Path, axis: int) -> None:
+    experts = noise(3, 2048, 1536)
+    ranks = [Rank(), Rank()]
+    for rank, own in zip(ranks, np.split(experts, 2, axis), strict=True):
+        turned = own.swapaxes(1, 2)
+        rank.copy(0, experts, turned, "BF16", rank.tensor("BF16", *turned.shape))
+    reads, counters = written_and_checked(tmp_path, [experts], ranks, Limits())
+    assert counters.bytes_read == experts.nbytes
+    # Where the ranks hold columns, what is read for one serves the other.
+    assert counters.requests == (6 if axis == 1 else 3)
+    assert sum(len(read.pieces) for read in reads) <= 12
+
+
+def test_two_stacks_become_the_halves_of_one(tmp_path: Path) -> None:
+    gate, up = noise(8, 1024, 512), noise(8, 1024, 512)
+    rank = Rank()
+    view = rank.tensor("BF16", 8, 2048, 512)
+    rank.copy(0, gate, gate, "BF16", view[:, :1024])
+    rank.copy(1, up, up, "BF16", view[:, 1024:])
+    reads, counters = written_and_checked(tmp_path, [gate, up], [rank], Limits())
+    assert counters.bytes_read == gate.nbytes + up.nbytes
+    assert counters.requests <= 16
+    assert sum(len(read.pieces) for read in reads) <= 16
+
+
+def test_a_narrow_column_beside_a_wide_one(tmp_path: Path) -> None:
+    left, right = noise(20000, 512), noise(20000, 64)
+    rank = Rank()
+    view = rank.tensor("BF16", 20000, 576)
+    rank.copy(0, left, left, "BF16", view[:, :512])
+    rank.copy(1, right, right, "BF16", view[:, 512:])
+    reads, counters = written_and_checked(tmp_path, [left, right], [rank], Limits())
+    assert counters.bytes_read == left.nbytes + right.nbytes
+    assert counters.requests == sum(len(read.pieces) for read in reads) == 12
 
 
 @pytest.mark.parametrize("threads", [1, 4])
