@@ -201,11 +201,7 @@ def test_bytes_wanted_are_right_for_any_copies(found: list[Move], tags: tuple[st
     tensors = Tensors(("t",), ("F32",), ((25,),))
     copies = [Copy(0, 0, tags[i % 2], tags[i % 2], move) for i, move in enumerate(found)]
     plan = make_plan(catalog, tensors, copies)
-    try:
-        wanted = bytes_wanted([plan])
-    except NotNested:
-        return
-    assert len(bytes_read([plan])) == wanted
+    assert len(bytes_read([plan])) == bytes_wanted([plan])
 
 
 @given(
@@ -237,9 +233,7 @@ def test_a_plan_without_faults_defines_each_byte_once(
     reads = {i for move in copies for i in sides(move)[0].tolist()}
     sound = written == Counter(range(dest)) and reads <= set(range(source))
     found = faults(plan)
-    assert sound or found
-    # A sound plan of strides that do not nest is refused: nobody can tell that it is sound.
-    assert not (sound and found) or all("nest" in text or "stride" in text for text in found)
+    assert sound == (not found)
 
 
 @given(worlds, st.data())
@@ -269,7 +263,7 @@ def test_a_plan_that_lost_a_copy_has_a_fault(world: int, data: st.DataObject) ->
         ([copy_of(0, 0, (8, 1, 1)), copy_of(0, 3, (2, 1, 1))], ["t: elements are written twice"]),
         ([copy_of(0, 0, (4, 1, 2)), copy_of(0, 2, (4, 1, 1))], ["t: elements are written twice"]),
         ([copy_of(0, 0, (8, 1, 0))], ["t: elements are written twice"]),
-        ([copy_of(0, 0, (4, 1, 1), (2, 0, 2))], ["t: a loop of 4 × 1 overlaps one of stride 2"]),
+        ([copy_of(0, 0, (4, 1, 1), (2, 0, 2))], ["t: elements are written twice"]),
         ([copy_of(0, 0, (2, 1 << 62, 4), (4, 1, 1))], ["t: reads past t"]),
         ([copy_of(0, 0, (8, 1 << 62, 1))], ["t: reads past t"]),
         (
@@ -293,10 +287,10 @@ def test_faults_name_what_is_wrong(copies: list[Copy], expected: list[str]) -> N
         check_plan(plan)
 
 
-def test_strides_that_do_not_nest_are_a_fault() -> None:
+def test_strides_need_not_nest() -> None:
     even, third = copy_of(0, 0, (2, 1, 2)), copy_of(0, 1, (2, 1, 3))
-    plan = plan_of(even, third, copy_of(0, 3), source=8, dest=5)
-    assert faults(plan) == ["t: strides 3 and 2 do not nest: neither divides the other"]
+    assert faults(plan_of(even, third, copy_of(0, 3), source=8, dest=5)) == []
+    assert len(faults(plan_of(even, third, copy_of(0, 2), source=8, dest=5))) == 1
 
 
 def test_fills_and_literals_count_as_written() -> None:
@@ -439,8 +433,8 @@ def test_tensors_that_only_one_plan_has_are_left_out() -> None:
 
 
 def test_what_does_not_nest_is_named() -> None:
-    first = plan_of(copy_of(0, 0, (2, 1, 3)), source=2, dest=6)
-    second = plan_of(copy_of(0, 0, (3, 2, 1)), source=6, dest=3)
+    first = plan_of(copy_of(0, 0, (9999, 1, 3)), source=9999, dest=3 * 9999)
+    second = plan_of(copy_of(0, 0, (9999, 2, 1)), source=2 * 9999, dest=9999)
     with pytest.raises(
         NotNested, match=r"^t: strides 3 and 2 do not nest.*; shard from the source"
     ):

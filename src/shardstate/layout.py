@@ -12,8 +12,9 @@ moves too.
     intersect     what two regions have in common
     subtract      what a move still writes where a later one wrote too
 
-Intersection and composition are defined where the strides of both sides nest like the axes of one
-array: each divides the next larger one. Elsewhere they raise `NotNested`.
+Intersection, composition and subtraction take both sides as boxes of one mixed radix, which needs
+strides that nest like the axes of one array: each divides the next larger one. Where they do not,
+loops are unrolled, the shortest first, until they do; `NotNested` where that takes too many parts.
 """
 
 from __future__ import annotations
@@ -31,6 +32,14 @@ from shardstate.errors import NotNested
 Shape = tuple[int, ...]
 Box = tuple[tuple[int, int], ...]  # one [begin, end) per axis, in elements
 Loop = tuple[int, int, int]  # size, source stride, destination stride
+
+# What does not nest is unrolled into at most so many parts; or so many elements are counted singly.
+_PARTS = 4096
+_ELEMENTS = 1 << 24
+
+# So many parts may a pair of moves be unrolled into; and so many elements may be told one by one.
+_PARTS = 4096
+_ELEMENTS = 1 << 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,13 +141,28 @@ def inverse(move: Move) -> Move:
 def compose(first: Move, second: Move) -> list[Move]:
     """Return the moves A → C that `first` (A → B) followed by `second` (B → C) make.
 
-    Elements of B that only one of the two touches are left out. `NotNested` where the two regions
-    in B do not nest.
+    Elements of B that only one of the two touches are left out. `NotNested` as said above.
     """
+    return list(_composed(first, second, _PARTS))
+
+
+def _composed(first: Move, second: Move, parts: int) -> Iterator[Move]:
+    if not _meet(first.dest_region, second.source_region):
+        return
+    try:
+        yield from _compose(first, second)
+    except NotNested as error:
+        by_first, n = _shortest(first, second, error)
+        if n > parts:
+            raise
+        for part in _unrolled(first if by_first else second, n):
+            pair = (part, second) if by_first else (first, part)
+            yield from _composed(*pair, parts // n)
+
+
+def _compose(first: Move, second: Move) -> list[Move]:
     repeats = tuple(loop for loop in second.loops if loop[1] == 0)
     inner = tuple((n, s, d) for n, s, d in second.loops if s)
-    if not first.size or not second.size:
-        return []
     units = _units([d for _, _, d in first.loops], [s for _, s, _ in inner])
     ours = _boxes(first.dest, [(n, d, s) for n, s, d in first.loops], first.source, units)
     theirs = _boxes(second.source, inner, second.dest, units)
@@ -177,11 +201,35 @@ def subtract(move: Move, region: Region) -> list[Move]:
 
     Regions are in `move`'s destination.
     """
-    if not move.size or not region.size:
-        return [move] if move.size else []
-    others = [(n, s, 0) for n, s in region.loops if s]
-    units = _units([d for _, _, d in move.loops], [s for _, s, _ in others])
-    theirs = [digits for digits, _ in _boxes(region.offset, others, 0, units)]
+    loops = canonical((n, s, s) for n, s in region.loops if s or not n)
+    other = Move(region.offset, region.offset, loops)
+    return list(_subtracted(move, other, _PARTS))
+
+
+def _subtracted(move: Move, other: Move, parts: int) -> Iterator[Move]:
+    if not _meet(move.dest_region, other.dest_region):
+        yield from [move] if move.size else []
+        return
+    try:
+        yield from _subtract(move, other)
+    except NotNested as error:
+        by_first, n = _shortest(move, other, error)
+        if n > parts:
+            raise
+        if by_first:
+            for part in _unrolled(move, n):
+                yield from _subtracted(part, other, parts // n)
+            return
+        left = [move]
+        for part in _unrolled(other, n):
+            left = [rest for each in left for rest in _subtracted(each, part, parts // n)]
+        yield from left
+
+
+def _subtract(move: Move, other: Move) -> list[Move]:
+    others = [(n, d, 0) for n, _, d in other.loops]
+    units = _units([d for _, _, d in move.loops], [d for _, d, _ in others])
+    theirs = [digits for digits, _ in _boxes(other.dest, others, 0, units)]
     moves = []
     ours = _boxes(move.dest, [(n, d, s) for n, s, d in move.loops], move.source, units)
     for digits, offset in ours:
@@ -193,6 +241,29 @@ def subtract(move: Move, region: Region) -> list[Move]:
             loops = ((n, s, u) for (_, n, s), u in zip(piece, units, strict=True))
             moves.append(Move(source, dest, canonical(loops)))
     return moves
+
+
+def _meet(a: Region, b: Region) -> bool:
+    """Whether the spans of two regions have an element in common."""
+    return bool(a.size and b.size) and a.offset < b.end and b.offset < a.end
+
+
+def _shortest(first: Move, second: Move, error: NotNested) -> tuple[bool, int]:
+    """Return the size of the shortest loop of both, and whether it is one of `first`."""
+    sizes = [(n, k) for k, move in enumerate((first, second)) for n, _, _ in move.loops]
+    if not sizes:
+        raise error
+    n, k = min(sizes)
+    return k == 0, n
+
+
+def _unrolled(move: Move, n: int) -> Iterator[Move]:
+    """Yield the iterations of the loop of `move` that has size `n`."""
+    k = [size for size, _, _ in move.loops].index(n)
+    _, source, dest = move.loops[k]
+    rest = canonical([*move.loops[:k], *move.loops[k + 1 :]])
+    for i in range(n):
+        yield Move(move.source + i * source, move.dest + i * dest, rest)
 
 
 def _outside(digits: _Digits, offset: int, taken: _Digits) -> Iterator[tuple[_Digits, int]]:
@@ -222,6 +293,23 @@ def union_size(regions: Iterable[Region]) -> int:
     apart = all(a.end <= b.offset for a, b in pairwise(ordered))
     if apart and not any(_folds(region) for region in ordered):
         return sum(_distinct(region) for region in ordered)
+    try:
+        return _marked(ordered)
+    except NotNested:
+        if sum(region.size for region in ordered) > _ELEMENTS:
+            raise
+        return len(np.unique(np.concatenate([_elements(region) for region in ordered])))
+
+
+def _elements(region: Region) -> np.ndarray:
+    """Return the offsets of all elements."""
+    offsets = np.array([region.offset])
+    for n, s in region.loops:
+        offsets = (offsets[:, None] + np.arange(n) * s).ravel()
+    return offsets
+
+
+def _marked(ordered: Sequence[Region]) -> int:
     loops = [[(n, s, 0) for n, s in region.loops if s and n > 1] for region in ordered]
     units = _units(*([s for _, s, _ in each] for each in loops))
     boxes = [
