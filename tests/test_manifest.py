@@ -30,8 +30,9 @@ from shardstate.manifest import (
     set_id,
     unseal,
 )
-from shardstate.names import DEFAULT_PATTERN, provenance_name, record_name
+from shardstate.names import DEFAULT_PATTERN, default_pattern, provenance_name, record_name
 from shardstate.names import PIPELINE_PATTERN as PIPELINE
+from shardstate.sharding import Topology
 
 A, B = digest_of(b"a"), digest_of(b"b")
 digests = st.binary(max_size=4).map(digest_of)
@@ -42,11 +43,17 @@ words = st.none() | st.text(max_size=4)
 @st.composite
 def infos(draw: st.DrawFn) -> SetInfo:
     source = st.builds(Source, location=st.text(max_size=4), revision=words, fingerprint=digests)
+    topology = Topology(*(draw(st.integers(1, n)) for n in (3, 2, 2)))
+    by_hand = "".join(f"-{{{axis}_rank}}" for axis in ("pp", "dp") if getattr(topology, axis) > 1)
     return SetInfo(
-        topology=Sizes(draw(st.integers(1, 4)), draw(st.integers(2, 3))),
+        topology=Sizes(topology.tp, topology.pp, topology.dp),
         layout=draw(st.sampled_from(["rules", "vllm"])),
         stage=draw(st.sampled_from(["checkpoint", "model", "kernel"])),
-        pattern=draw(st.sampled_from([PIPELINE, "{part}-{pp_rank}-{tp_rank}.safetensors"])),
+        pattern=draw(
+            st.sampled_from(
+                [default_pattern(topology), f"{{part}}-{{tp_rank}}{by_hand}.safetensors"]
+            )
+        ),
         dtype=draw(st.sampled_from(["keep", "bf16"])),
         quantization=draw(words),
         platform=draw(words),
@@ -58,9 +65,9 @@ def infos(draw: st.DrawFn) -> SetInfo:
 
 
 def part_name(info: SetInfo, rank: int, part: int) -> str:
-    tp = info.topology.tp
-    own = rank % tp if "pp_rank" in info.pattern else rank
-    return info.pattern.format(rank=own, tp_rank=own, pp_rank=rank // tp, part=part)
+    stage, own = divmod(rank, info.topology.tp)
+    replica, stage = divmod(stage, info.topology.pp)
+    return info.pattern.format(rank=own, tp_rank=own, pp_rank=stage, dp_rank=replica, part=part)
 
 
 @st.composite

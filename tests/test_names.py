@@ -16,6 +16,7 @@ from shardstate.names import (
     SIGNATURE,
     Pattern,
     check_pattern,
+    default_pattern,
     is_companion,
     is_relative_path,
     note_name,
@@ -26,14 +27,18 @@ from shardstate.names import (
     record_rank,
     temporary_name,
 )
+from shardstate.sharding import Topology
 
 numbers = st.integers(0, 10**6)
 pieces = st.sampled_from(
     [
         "{rank}",
         "{tp_rank}",
+        "{pp_rank}",
+        "{dp_rank}",
         "{part}",
         "{part}",
+        "-",
         "-",
         "1",
         "11",
@@ -49,29 +54,50 @@ pieces = st.sampled_from(
 
 
 def test_the_default_pattern_is_that_of_vllm() -> None:
-    pattern = check_pattern(DEFAULT_PATTERN, tp=8)
+    pattern = check_pattern(DEFAULT_PATTERN, Topology(8))
     assert pattern.name(3, 12) == "model-rank-3-part-12.safetensors"
     assert pattern.parse("model-rank-3-part-12.safetensors") == (3, 12)
 
 
-@given(st.lists(pieces, max_size=7), numbers, numbers)
-def test_names_of_an_accepted_pattern_lead_back(texts: list[str], rank: int, part: int) -> None:
+@pytest.mark.parametrize(
+    ("topology", "rank", "name"),
+    [
+        (Topology(2, pp=3), 3, "model-pp-1-tp-1-part-9.safetensors"),
+        (Topology(2, dp=3), 3, "model-dp-1-rank-1-part-9.safetensors"),
+        (Topology(2, pp=3, dp=2), 9, "model-dp-1-pp-1-tp-1-part-9.safetensors"),
+    ],
+)
+def test_the_default_pattern_of_every_topology(topology: Topology, rank: int, name: str) -> None:
+    pattern = check_pattern(default_pattern(topology), topology)
+    assert pattern.name(rank, 9) == name
+    assert pattern.parse(name) == (rank, 9)
+
+
+topologies = st.builds(Topology, st.just(2), st.sampled_from([1, 1, 12]), st.sampled_from([1, 12]))
+
+
+@given(st.lists(pieces, max_size=9), topologies, numbers, numbers)
+def test_names_of_an_accepted_pattern_lead_back(
+    texts: list[str], topology: Topology, rank: int, part: int
+) -> None:
     try:
-        pattern = check_pattern("".join(texts) + ".safetensors", tp=2)
+        pattern = check_pattern("".join(texts) + ".safetensors", topology)
     except UsageError:
         return
+    rank %= topology.world
     assert (rank, part) == pattern.parse(pattern.name(rank, part))
 
 
-@given(st.lists(pieces, max_size=7))
-def test_names_of_an_accepted_pattern_differ(texts: list[str]) -> None:
+@given(st.lists(pieces, max_size=9), topologies)
+def test_names_of_an_accepted_pattern_differ(texts: list[str], topology: Topology) -> None:
     text = "".join(texts) + ".safetensors"
     some = [0, 1, 2, 10, 11, 110, 111]
     try:
-        pattern = check_pattern(text, tp=2)
+        pattern = check_pattern(text, topology)
     except UsageError:
         return
-    names = Counter(pattern.name(rank, part) for rank in some for part in some)
+    ranks = [rank for rank in some if rank < topology.world]
+    names = Counter(pattern.name(rank, part) for rank in ranks for part in some)
     assert [name for name, count in names.items() if count > 1] == []
     assert all(is_file_name(name) for name in names)
 
@@ -94,13 +120,13 @@ def test_other_names_are_not_of_the_pattern(name: str) -> None:
 
 
 def test_a_number_that_a_pattern_says_twice_must_agree() -> None:
-    pattern = check_pattern("{rank}-{tp_rank}-{part}.safetensors", tp=2)
+    pattern = check_pattern("{rank}-{tp_rank}-{part}.safetensors", Topology(2))
     assert pattern.parse("1-1-0.safetensors") == (1, 0)
     assert pattern.parse("1-2-0.safetensors") is None
 
 
 def test_a_pattern_without_rank_means_rank_0() -> None:
-    pattern = check_pattern("model-{part}.safetensors", tp=1)
+    pattern = check_pattern("model-{part}.safetensors", Topology(1))
     assert pattern.parse("model-7.safetensors") == (0, 7)
 
 
@@ -109,6 +135,8 @@ def test_a_pattern_without_rank_means_rank_0() -> None:
     [
         ("model-{rank}.safetensors", "lacks {part}"),
         ("model-{part}.safetensors", "lacks {rank}"),
+        ("{pp_rank}-{rank}-{part}.safetensors", "has {pp_rank}, and there is one pipeline stage"),
+        ("{dp_rank}-{rank}-{part}.safetensors", "has {dp_rank}, and there is one replica"),
         ("{rank}{part}.safetensors", "two numbers with nothing but digits between"),
         ("{rank}10{part}.safetensors", "two numbers with nothing but digits between"),
         ("{rank}-{part}", 'must end with ".safetensors"'),
@@ -121,14 +149,14 @@ def test_a_pattern_without_rank_means_rank_0() -> None:
         ("{rank!r}-{part}.safetensors", "found {rank}"),
         ("{rank.real}-{part}.safetensors", "found {rank.real}"),
         ("{}-{part}.safetensors", "found {}"),
-        ("{name}-{part}.safetensors", "knows {rank}, {tp_rank}, {pp_rank}, {part}, found {name}"),
+        ("{name}-{part}.safetensors", "{pp_rank}, {dp_rank}, {part}, found {name}"),
         ("{rank}-{part.safetensors", "expected '}'"),
         ("{rank}-{part}}.safetensors", "Single '}'"),
     ],
 )
 def test_a_pattern_that_cannot_work_is_refused(text: str, why: str) -> None:
     with pytest.raises(UsageError, match=re.escape(why)) as error:
-        check_pattern(text, tp=2)
+        check_pattern(text, Topology(2))
     assert str(error.value).startswith(f"pattern {text!r}: ")
 
 

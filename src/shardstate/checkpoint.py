@@ -149,8 +149,7 @@ class Checkpoint:
         if self.kind != "shardstate":
             return ()
         record = self.record(rank)
-        topology = record.info.topology
-        pattern = check_pattern(record.info.pattern, tp=topology.tp, pp=topology.pp)
+        pattern = check_pattern(record.info.pattern, record.info.shape)
         listed = {entry.name for entry in record.files}
         places = {name: pattern.parse(name) for name in self.storage.entries()}
         return tuple(
@@ -344,25 +343,26 @@ def find_parts(names: Iterable[str], pattern: str | None) -> Unmarked | None:
     """Return the files that `pattern`, or else one of vLLM's, makes; None if there are none."""
     names = list(names)
     for text in (pattern,) if pattern is not None else (DEFAULT_PATTERN, PIPELINE_PATTERN):
-        fields = check_pattern(text, tp=1, pp=2 if "{pp_rank}" in text else 1).fields
+        several = [1 + (f"{{{axis}_rank}}" in text) for axis in ("pp", "dp")]
+        fields = check_pattern(text, Topology(1, *several)).fields
         places = {place: name for name in names if (place := fields(name)) is not None}
         if not places:
             continue
-        tp, pp = (max(place[i] for place in places) + 1 for i in (1, 0))
+        dp, pp, tp = (max(place[i] for place in places) + 1 for i in (0, 1, 2))
         parts: dict[int, list[int]] = defaultdict(list)
-        for stage, rank, part in sorted(places):
-            parts[stage * tp + rank].append(part)
-        template = Pattern(text, tp)
+        for replica, stage, rank, part in sorted(places):
+            parts[(replica * pp + stage) * tp + rank].append(part)
+        template = Pattern(text, tp, pp)
         # Names can say any number: only the first hole of each rank is looked for.
         first = next((i for i in range(len(parts) + 1) if i not in parts), 0)
-        holes = [template.name(first, 0)] if len(parts) < tp * pp else []
+        holes = [template.name(first, 0)] if len(parts) < tp * pp * dp else []
         for index, own in sorted(parts.items()):
             if own[-1] >= len(own):
                 hole = next(i for i, part in enumerate(own) if i != part)
                 holes.append(template.name(index, hole))
         made = {i: tuple(template.name(i, part) for part in own) for i, own in parts.items()}
         return Unmarked(
-            dict(sorted(made.items())), tuple(holes), Topology(1) if holes else Topology(tp, pp)
+            dict(sorted(made.items())), tuple(holes), Topology(1) if holes else Topology(tp, pp, dp)
         )
     return None
 

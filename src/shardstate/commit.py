@@ -73,7 +73,7 @@ class SetWriter:
         self._storage = storage
         self._set = set_id
         self._info = info
-        self._pattern = check_pattern(info.pattern, tp=info.topology.tp, pp=info.topology.pp)
+        self._pattern = check_pattern(info.pattern, info.shape)
         self._companions = companions
         self._identity = source_identity
         self._examiner = Examiner(storage, set_id, self._pattern, companions, source_identity)

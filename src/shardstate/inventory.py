@@ -29,13 +29,12 @@ from shardstate.manifest import (
 )
 from shardstate.names import (
     COMPANION_BYTES,
-    DEFAULT_PATTERN,
     MANIFEST,
     OURS,
-    PIPELINE_PATTERN,
     REPLACING,
     SIGNATURE,
     Pattern,
+    default_pattern,
     note_name,
     note_place,
     provenance_name,
@@ -44,10 +43,14 @@ from shardstate.names import (
     record_rank,
 )
 from shardstate.parts import PartFile
+from shardstate.sharding import Topology
 from shardstate.storage import Entry, Storage, Writable
 
 _log = logging.getLogger("shardstate")
 
+_DEFAULT_PATTERNS = [
+    Pattern(default_pattern(Topology(1, pp, dp))) for pp in (1, 2) for dp in (1, 2)
+]
 Identity = tuple[tuple[int | str, ...], ...]  # of each source file, by name
 
 
@@ -190,7 +193,7 @@ class Examiner:
         )
 
     def _is_rank_file(self, name: str) -> bool:
-        known = (self.pattern, Pattern(DEFAULT_PATTERN), Pattern(PIPELINE_PATTERN))
+        known = (self.pattern, *_DEFAULT_PATTERNS)
         return any(pattern.fields(name) is not None for pattern in known)
 
     def is_of_a_set(self, name: str) -> bool:

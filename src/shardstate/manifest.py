@@ -255,7 +255,7 @@ def parse_record(data: bytes, *, file: str, rank: int) -> Record:
         )
     check_names([entry.name for entry in rest.files], file=file, folders=False)
     check_names([entry.name for entry in rest.companions], file=file, folders=True)
-    pattern = check_pattern(info.pattern, tp=info.topology.tp, pp=info.topology.pp)
+    pattern = check_pattern(info.pattern, info.shape)
     for part, entry in enumerate(rest.files):
         if entry.name != pattern.name(rank, part):
             raise SetError(
@@ -344,7 +344,7 @@ def _check_info(info: SetInfo, *, file: str) -> None:
         if value not in allowed:
             raise SetError(f"{file}: {key} is {value!r}, expected one of {allowed}", file=file)
     try:
-        check_pattern(info.pattern, tp=info.topology.tp, pp=info.topology.pp)
+        check_pattern(info.pattern, info.shape)
     except UsageError as error:
         raise SetError(f"{file}: {error}", file=file) from None
 

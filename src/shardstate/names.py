@@ -29,26 +29,32 @@ _NOT_COMPANIONS = (
     "shardstate*",
     ".shardstate*",
 )
-_FIELDS = ("rank", "tp_rank", "pp_rank", "part")
+_FIELDS = ("rank", "tp_rank", "pp_rank", "dp_rank", "part")
 
 
 @dataclass(frozen=True, slots=True)
 class Pattern:
     """The template of rank-file names; its fields are decimal.
 
-    `{rank}` = `{tp_rank}`, `{pp_rank}` and `{part}`; `tp` is what the global rank is counted with.
+    `{rank}` = `{tp_rank}`, `{pp_rank}`, `{dp_rank}` and `{part}`; the global rank counts them as
+    places of `tp` and `pp`.
     """
 
     text: str
     tp: int = 1
+    pp: int = 1
 
     def name(self, rank: int, part: int) -> str:
         """Return the file name of one part of one global rank."""
-        own, stage = (rank % self.tp, rank // self.tp) if "{pp_rank}" in self.text else (rank, 0)
-        return self.text.format(rank=own, tp_rank=own, pp_rank=stage, part=part)
+        own, stage, replica = rank, 0, 0
+        if "{dp_rank}" in self.text:
+            replica, own = divmod(own, self.pp * self.tp)
+        if "{pp_rank}" in self.text:
+            stage, own = divmod(own, self.tp)
+        return self.text.format(rank=own, tp_rank=own, pp_rank=stage, dp_rank=replica, part=part)
 
-    def fields(self, name: str) -> tuple[int, int, int] | None:
-        """Return (pp_rank, tp_rank, part) of a name that this pattern makes, else None.
+    def fields(self, name: str) -> tuple[int, int, int, int] | None:
+        """Return (dp_rank, pp_rank, tp_rank, part) of a name that this pattern makes, else None.
 
         Ranks that the pattern does not show are 0.
         """
@@ -63,24 +69,29 @@ class Pattern:
         if found is None:
             return None
         groups = found.groupdict()
-        return int(groups.get("pp_rank") or 0), int(groups.get("rank") or 0), int(groups["part"])
+        dp, pp, tp = (int(groups.get(each) or 0) for each in ("dp_rank", "pp_rank", "rank"))
+        return dp, pp, tp, int(groups["part"])
 
     def parse(self, name: str) -> tuple[int, int] | None:
         """Return (global rank, part) of a name that this pattern makes, else None."""
         found = self.fields(name)
-        return None if found is None else (found[0] * self.tp + found[1], found[2])
+        if found is None:
+            return None
+        dp, pp, tp, part = found
+        return (dp * self.pp + pp) * self.tp + tp, part
 
 
 def default_pattern(topology: Topology) -> str:
-    """Return vLLM's name of rank files for a topology."""
-    return DEFAULT_PATTERN if topology.pp == 1 else PIPELINE_PATTERN
+    """Return vLLM's name of rank files for a topology; for dp, which it has no name for, ours."""
+    text = DEFAULT_PATTERN if topology.pp == 1 else PIPELINE_PATTERN
+    return text if topology.dp == 1 else text.replace("model-", "model-dp-{dp_rank}-")
 
 
-def check_pattern(text: str, *, tp: int, pp: int = 1) -> Pattern:
+def check_pattern(text: str, topology: Topology) -> Pattern:
     """Return the pattern, or raise `UsageError` if two ranks or parts could get one name."""
 
     def fault(why: str) -> UsageError:
-        default = default_pattern(Topology(1, pp))
+        default = default_pattern(topology)
         return UsageError(f"pattern {text!r}: {why}; the default is {default!r}")
 
     try:
@@ -94,22 +105,24 @@ def check_pattern(text: str, *, tp: int, pp: int = 1) -> Pattern:
             raise fault(f"knows {known}, found {{{field}}}")
     if "part" not in fields:
         raise fault("lacks {part}, so that the parts of a rank would share one name")
-    if tp > 1 and not {"rank", "tp_rank"} & set(fields):
+    if topology.tp > 1 and not {"rank", "tp_rank"} & set(fields):
         raise fault("lacks {rank}, so that ranks would share one name")
-    if (pp > 1) != ("pp_rank" in fields):
-        lacks = "lacks {pp_rank}, so that pipeline stages would share one name"
-        raise fault(lacks if pp > 1 else "has {pp_rank}, and there is one pipeline stage")
+    axes = ("pp_rank", topology.pp, "pipeline stage"), ("dp_rank", topology.dp, "replica")
+    for field, size, what in axes:
+        if (size > 1) != (field in fields):
+            lacks = f"lacks {{{field}}}, so that {what}s would share one name"
+            raise fault(lacks if size > 1 else f"has {{{field}}}, and there is one {what}")
     # Between two numbers there must be something that is no digit, else 1|11 and 11|1 are one name.
     for number, (literal, _, _, _) in enumerate(parsed):
         between = number and parsed[number - 1][1] is not None and parsed[number][1] is not None
         if between and not re.search(r"[^0-9]", literal):
             raise fault("has two numbers with nothing but digits between, so that names collide")
-    name = text.format(rank=0, tp_rank=0, pp_rank=0, part=0)
+    name = text.format(rank=0, tp_rank=0, pp_rank=0, dp_rank=0, part=0)
     if not is_file_name(name) or name.startswith((".", "shardstate")):
         raise fault("makes no plain file name that could hold weights")
     if not name.endswith(".safetensors"):
         raise fault('must end with ".safetensors"')
-    return Pattern(text, tp)
+    return Pattern(text, topology.tp, topology.pp)
 
 
 def record_name(rank: int) -> str:

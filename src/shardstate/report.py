@@ -47,6 +47,7 @@ class Report:
     kind: str | None = None
     layout: str | None = None
     stage: str | None = None
+    dtype: str | None = None
     topology: Mapping[str, int] | None = None
     ranks: tuple[int, ...] | None = None
     set: str | None = None

@@ -19,7 +19,7 @@ def main():
         load_format=load_format,
         model_loader_extra_config=json.loads(extra),
         tensor_parallel_size=int(tp),
-        skip_tokenizer_init=True,
+        skip_tokenizer_init=not encoder,  # pooling needs one, and the encoder brings its own
         dtype="bfloat16",
         enforce_eager=True,
         max_model_len=64 if encoder else 128,

@@ -105,6 +105,6 @@ def test_the_trained_encoder_gives_the_same_embeddings(tmp_path):
     expected, _ = start(source, "auto", tp=1)
     recorded, log = start(source, "shardstate", tp=1)
     assert (recorded, modes(log)) == (expected, {"0": "recorded"})
-    shard(source, out, "--tp", "1", "--layout", "vllm")
+    shard(source, out, "--tp", "1", "--layout", "vllm", "--dtype", "bf16")
     sharded, log = start(out, "shardstate", tp=1)
     assert (sharded, modes(log)) == (expected, {"0": "sharded"})

@@ -26,7 +26,7 @@ def raw(tensor):
 def differences(name, folder, tp, pp, engine):
     """Return what differs from vLLM's own loader: in the engine's way, and offline."""
     found = []
-    for rank in range(tp * pp):
+    for rank in range(tp * pp * engine.get("data_parallel_size", 1)):
         config = engine_config(folder, tp=tp, pp=pp, **engine)
         expected = default_state(config, rank)
         with as_worker(config, rank):
@@ -65,6 +65,17 @@ def test_the_parameters_are_those_of_vllms_own_loader(name, tmp_path):
 def test_with_expert_parallelism(name, tmp_path):
     folder = make(name, tmp_path / "model")
     engine = {**zoo.engine_args(name), "enable_expert_parallel": True}
+    assert run_forked(differences, name, folder, 2, 1, engine) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "expert_parallel"),
+    [("mixtral", False), ("mixtral", True), ("qwen3_moe", False), ("gpt_oss", True)],
+)
+def test_experts_span_data_parallel_workers(name, expert_parallel, tmp_path):
+    folder = make(name, tmp_path / "model")
+    more = {"data_parallel_size": 2, "enable_expert_parallel": expert_parallel}
+    engine = {**zoo.engine_args(name), **more}
     assert run_forked(differences, name, folder, 2, 1, engine) == []
 
 

@@ -128,15 +128,25 @@ def group_of(name: str, rank: int, ranks: Sequence[int]) -> GroupCoordinator:
 
 
 def groups_of(config: VllmConfig, rank: int) -> dict[str, Any]:
-    """Return the values of `GROUPS` that worker `rank` of tp x pp has."""
-    tp = config.parallel_config.tensor_parallel_size
-    pp = config.parallel_config.pipeline_parallel_size
-    world, stage = range(tp * pp), rank // tp
-    row = world[stage * tp : (stage + 1) * tp]
-    members: dict[str, Sequence[int]] = {"_WORLD": world, "_TP": row, "_PP": world[rank % tp :: tp]}
-    members |= dict.fromkeys(("_DP", "_PCP", "_DCP", "_INNER_DP_WORLD"), (rank,))
+    """Return the values of `GROUPS` that worker `rank` of dp x pp x tp has."""
+    parallel = config.parallel_config
+    tp, pp, dp = (
+        getattr(parallel, f"{axis}_parallel_size") for axis in ("tensor", "pipeline", "data")
+    )
+    inner = tp * pp
+    replica, stage, own = rank // inner, rank // tp % pp, rank % tp
+    first = replica * inner + stage * tp
+    members: dict[str, Sequence[int]] = {
+        "_WORLD": range(dp * inner),
+        "_INNER_DP_WORLD": range(replica * inner, (replica + 1) * inner),
+        "_TP": range(first, first + tp),
+        "_PP": range(replica * inner + own, (replica + 1) * inner, tp),
+        "_DP": range(rank % inner, dp * inner, inner),
+        "_PCP": (rank,),
+        "_DCP": (rank,),
+    }
     if config.model_config.is_moe:
-        members["_EP"] = row
+        members["_EP"] = [r for r in range(dp * inner) if r // tp % pp == stage]
     groups: dict[str, Any] = {
         name: group_of(name.strip("_").lower(), rank, ranks) for name, ranks in members.items()
     }
@@ -147,15 +157,16 @@ def groups_of(config: VllmConfig, rank: int) -> dict[str, Any]:
 def as_worker(config: VllmConfig, rank: int) -> Iterator[None]:
     """Make vLLM believe, for a while, that this process is worker `rank` of those of `config`."""
     old = {name: getattr(parallel_state, name) for name in GROUPS}
-    parallel, old_rank = config.parallel_config, config.parallel_config.rank
+    parallel = config.parallel_config
+    before = parallel.rank, parallel.data_parallel_rank
     try:
-        parallel.rank = rank
+        parallel.data_parallel_rank, parallel.rank = divmod(rank, parallel.world_size)
         for name, group in groups_of(config, rank).items():
             setattr(parallel_state, name, group)
         with set_current_vllm_config(config):
             yield
     finally:
-        parallel.rank = old_rank
+        parallel.rank, parallel.data_parallel_rank = before
         for name, group in old.items():
             setattr(parallel_state, name, group)
 

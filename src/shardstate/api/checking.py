@@ -119,7 +119,7 @@ def _verified(report: Report, found: Verification, full: bool) -> None:
     report.notes = tuple(found.notes)
     report.materialised, report.materialised_bytes = found.opaque, found.opaque_bytes
     if (info := found.info) is not None:
-        report.layout, report.stage = info.layout, info.stage
+        report.layout, report.stage, report.dtype = info.layout, info.stage, info.dtype
         report.topology = sizes_of(info.shape)
         report.committed = found.manifest is not None
     if found.manifest is not None:

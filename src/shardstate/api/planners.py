@@ -142,7 +142,7 @@ class RulesPlanner:
             topology=Sizes(request.tp),
             layout="rules",
             stage="checkpoint",
-            pattern=check_pattern(request.pattern or DEFAULT_PATTERN, tp=request.tp).text,
+            pattern=check_pattern(request.pattern or DEFAULT_PATTERN, self.topology).text,
             dtype=request.dtype,
         )
 

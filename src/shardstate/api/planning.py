@@ -99,6 +99,7 @@ def describe_checkpoint(checkpoint: Checkpoint) -> Report:
         kind=checkpoint.kind,
         layout=info.layout if info else "vllm" if checkpoint.kind == "vllm" else None,
         stage=checkpoint.stage,
+        dtype=info.dtype if info else None,
         topology=sizes_of(checkpoint.topology),
         set=checkpoint.set_id,
         committed=checkpoint.committed,

@@ -32,7 +32,7 @@ from shardstate.errors import (
 )
 from shardstate.inventory import Identity
 from shardstate.manifest import PartEntry, SetInfo, Source, set_id
-from shardstate.names import check_pattern, default_pattern
+from shardstate.names import check_pattern
 from shardstate.parts import PartFile, plan_parts
 from shardstate.plan import (
     padding_boxes,
@@ -84,13 +84,7 @@ def shard(
     request = Request(
         tp=tp, pp=pp, rules=rules, dtype=dtype, pattern=pattern, engine_args=engine_args
     )
-    topology = Topology(tp, pp)
-    check_pattern(pattern or default_pattern(topology), tp=tp, pp=pp)
-    chosen = tuple(range(topology.world)) if ranks is None else tuple(sorted(set(ranks)))
-    if not chosen:
-        raise UsageError("no rank is chosen")
-    if beyond := [rank for rank in chosen if not 0 <= rank < topology.world]:
-        raise UsageError(f"rank {beyond[0]} is out of range; expected 0 to {topology.world - 1}")
+    Topology(tp, pp)  # refuses what cannot be
     with open_path(path) as checkpoint:
         with phases("open"):
             if checkpoint.catalog is None:
@@ -112,7 +106,8 @@ def shard(
                 max_part_bytes=max_part_bytes,
                 rules_digest=planner.rules_digest,
             )
-            template = check_pattern(info.pattern, tp=tp, pp=pp)
+            template = check_pattern(info.pattern, planner.topology)
+            chosen = _chosen(ranks, planner.topology)
             made = {rank: planner.made(rank) for rank in chosen}
             parts = {
                 rank: plan_parts(
@@ -157,6 +152,16 @@ def shard(
     return phases.finish(report, main="write")
 
 
+def _chosen(ranks: Sequence[int] | None, topology: Topology) -> tuple[int, ...]:
+    """Return the ranks that are to be written; None are all."""
+    chosen = tuple(range(topology.world)) if ranks is None else tuple(sorted(set(ranks)))
+    if not chosen:
+        raise UsageError("no rank is chosen")
+    if beyond := [rank for rank in chosen if not 0 <= rank < topology.world]:
+        raise UsageError(f"rank {beyond[0]} is out of range; expected 0 to {topology.world - 1}")
+    return chosen
+
+
 def _describe_set(
     report: Report,
     info: SetInfo,
@@ -165,7 +170,8 @@ def _describe_set(
     parts: Mapping[int, Sequence[PartFile]],
 ) -> None:
     """Write into `report` what the set will be."""
-    report.kind, report.layout, report.stage = "shardstate", info.layout, info.stage
+    report.kind = "shardstate"
+    report.layout, report.stage, report.dtype = info.layout, info.stage, info.dtype
     report.set, report.topology, report.ranks = identifier, sizes_of(info.shape), tuple(made)
     report.committed = False
     report.bytes_by_rank = {str(rank): nbytes_of(each.plan.tensors) for rank, each in made.items()}

@@ -158,7 +158,7 @@ def _shard(console: Console, arguments: Mapping[str, Any], report: Report) -> No
     console.print(
         f"[bold]{escape(str(arguments['dst']))}[/bold]: "
         + ("would be a " if dry else "")
-        + f"set for tp {arguments['tp']}, layout {report.layout}, dtype {arguments['dtype']}"
+        + f"set for tp {arguments['tp']}, layout {report.layout}, dtype {report.dtype}"
     )
     files = [f["rank"] for f in report.file_list or ()]
     table = _table("rank", "bytes", "files")

@@ -62,9 +62,7 @@ def save_model(
     with phases("plan"):
         place = place_of(rank=rank, tp=tp, pp_rank=pp_rank, pp=pp)
         topology = Topology(place.tp, place.pp)
-        template = check_pattern(
-            pattern or default_pattern(topology), tp=topology.tp, pp=topology.pp
-        )
+        template = check_pattern(pattern or default_pattern(topology), topology)
         identifier = _checked_id(save_id, place)
         state = model.state_dict() if isinstance(model, torch.nn.Module) else dict(model)
         tensors = {
@@ -206,6 +204,7 @@ def _planned(
         kind="shardstate",
         layout=info.layout,
         stage=info.stage,
+        dtype=info.dtype,
         set=identifier,
         topology=sizes_of(topology),
         ranks=(place.index,),

@@ -32,7 +32,7 @@ from shardstate.torch.aliases import equal_groups, filter_subtensors
 from shardstate.torch.recorder import Recorder
 from shardstate.torch.saving import write_rank
 from shardstate.vllm.facts import describe_engine, placement_of
-from shardstate.vllm.parallel import topology_of
+from shardstate.vllm.parallel import check_expressible, topology_of
 from shardstate.vllm.weights import Weights
 
 if TYPE_CHECKING:
@@ -57,13 +57,13 @@ class Cache:
         model: torch.nn.Module,
     ) -> Entry:
         """Return the entry of a model that would be loaded from `weights`; it may not be there."""
+        check_expressible(config)
         checkpoint = Checkpoint(weights.storage, "checkpoint", catalog=weights.catalog)
         fingerprint = checkpoint.fingerprint()
         identity = _identity(weights.storage, weights.catalog.files)
         topology = topology_of(config)
         info = msgspec.structs.replace(
-            describe_engine(config, pattern=default_pattern(topology), dtype="keep"),
-            quantization=model_config.quantization,
+            describe_engine(config, model_config, pattern=default_pattern(topology)),
             engine_arguments=placement_of(config),
             source=Source(weights.storage.location, model_config.revision, fingerprint),
         )
@@ -75,7 +75,6 @@ class Cache:
                     "fingerprint": fingerprint,
                     "identity": identity,
                     "model": f"{kind.__module__}.{kind.__qualname__}",
-                    "dtype": str(model_config.dtype),
                     "config": model_config.hf_config.to_json_string(use_diff=False),
                     # All that vLLM itself thinks changes what is computed.
                     "engine": config.compute_hash(),
@@ -134,9 +133,7 @@ class Entry:
         state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
         plan = recorder.plan_of(filter_subtensors(state), literal_bytes=None)
         groups = equal_groups(state)
-        pattern = check_pattern(
-            self.info.pattern, tp=self.info.topology.tp, pp=self.info.topology.pp
-        )
+        pattern = check_pattern(self.info.pattern, self.info.shape)
         parts = plan_parts(
             plan.tensors,
             rank=rank,

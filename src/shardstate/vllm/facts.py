@@ -12,7 +12,7 @@ import vllm
 from shardstate.checkpoint import Checkpoint
 from shardstate.errors import SetError
 from shardstate.manifest import SetInfo, Sizes
-from shardstate.vllm.parallel import topology_of
+from shardstate.vllm.parallel import check_expressible, topology_of
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger("shardstate")
 
 ENGINE = "vllm"
-DTYPES = {"keep": "auto", "bf16": "bfloat16", "f16": "float16", "f32": "float32"}
+DTYPES = {"bf16": "bfloat16", "f16": "float16", "f32": "float32"}
 # Engine arguments that decide which experts a worker holds, and leave names and shapes as they are.
 _PLACEMENT = ("enable_expert_parallel", "expert_placement_strategy", "enable_eplb")
 
@@ -35,16 +35,17 @@ def platform() -> str:
     return str(current_platform._enum.name).lower()
 
 
-def describe_engine(config: VllmConfig, *, pattern: str, dtype: str) -> SetInfo:
+def describe_engine(config: VllmConfig, model_config: ModelConfig, *, pattern: str) -> SetInfo:
     """Return what a set says that is made for the engine of `config`; its source is left out."""
     topology = topology_of(config)
+    names = {name: dtype for dtype, name in DTYPES.items()}
     return SetInfo(
         topology=Sizes(topology.tp, topology.pp, topology.dp),
         layout="vllm",
         stage="model",
         pattern=pattern,
-        dtype=dtype,
-        quantization=config.model_config.quantization,
+        dtype=names[_dtype_name(model_config)],
+        quantization=model_config.quantization,
         platform=platform(),
         engine=ENGINE,
         engine_version=engine_version(),
@@ -56,6 +57,10 @@ def placement_of(config: VllmConfig) -> dict[str, Any]:
     return {key: getattr(config.parallel_config, key) for key in _PLACEMENT}
 
 
+def _dtype_name(model_config: ModelConfig) -> str:
+    return str(model_config.dtype).removeprefix("torch.")
+
+
 def check_engine(
     checkpoint: Checkpoint, config: VllmConfig, model_config: ModelConfig, *, strict: bool
 ) -> None:
@@ -63,6 +68,7 @@ def check_engine(
 
     Without `strict` another version of the engine, or another stage, is only logged.
     """
+    check_expressible(config)
     topology, info = checkpoint.topology, checkpoint.info
     assert topology is not None
     own = topology_of(config)
@@ -80,7 +86,7 @@ def check_engine(
             for key, value in placement_of(config).items():
                 pairs[key] = info.engine_arguments.get(key, defaults[key].default), value
         if info.dtype != "keep":
-            pairs["dtype"] = DTYPES[info.dtype], str(model_config.dtype).removeprefix("torch.")
+            pairs["dtype"] = DTYPES[info.dtype], _dtype_name(model_config)
     wrong = {key: f"{key} {a} (the engine has {b})" for key, (a, b) in pairs.items() if a != b}
     if not strict:
         for text in (wrong.pop(key, None) for key in ("engine", "stage")):

@@ -36,7 +36,7 @@ from shardstate.plan import check_plan
 from shardstate.torch.aliases import equal_groups, filter_subtensors
 from shardstate.torch.recorder import LITERAL_BYTES, Recorder
 from shardstate.vllm.facts import DTYPES, describe_engine
-from shardstate.vllm.parallel import as_worker, topology_of
+from shardstate.vllm.parallel import as_worker, check_expressible, topology_of
 from shardstate.vllm.recording import Registrations
 from shardstate.vllm.weights import (
     Unrecordable,
@@ -70,15 +70,11 @@ class VllmPlanner:
         self._config = _config_of(
             checkpoint.location, request.tp, request.pp, request.dtype, arguments
         )
+        check_expressible(self._config)
         self.topology = topology_of(self._config)
-        if self.topology.dp > 1:
-            raise UsageError(
-                "engine arguments: experts that span data-parallel workers cannot be sharded yet; "
-                "leave data_parallel_size out"
-            )
         pattern = request.pattern or default_pattern(self.topology)
-        check_pattern(pattern, tp=self.topology.tp, pp=self.topology.pp)
-        info = describe_engine(self._config, pattern=pattern, dtype=request.dtype)
+        check_pattern(pattern, self.topology)
+        info = describe_engine(self._config, self._config.model_config, pattern=pattern)
         self.info = msgspec.structs.replace(info, engine_arguments=arguments)
 
     def made(self, rank: int) -> Made:
@@ -158,7 +154,7 @@ def _config_of(
             model=location,
             tensor_parallel_size=tp,
             pipeline_parallel_size=pp,
-            dtype=DTYPES[dtype],  # type: ignore[arg-type]
+            dtype=DTYPES.get(dtype, "auto"),  # type: ignore[arg-type]
             **given,
         )
         return args.create_engine_config()

@@ -17,6 +17,7 @@ from vllm.config import set_current_vllm_config
 from vllm.distributed import parallel_state
 from vllm.distributed.parallel_state import GroupCoordinator
 
+from shardstate.errors import UsageError
 from shardstate.sharding import Topology
 from shardstate.torch.ranks import Place
 
@@ -32,12 +33,22 @@ _GROUPS = (
 def topology_of(config: VllmConfig) -> Topology:
     """Return the topology that decides what each worker holds.
 
-    Data-parallel workers hold the same, unless experts span them.
+    Data-parallel workers hold the same, unless there are experts: these span them, whole ones with
+    expert parallelism and slices of each without.
     """
     parallel = config.parallel_config
-    spans = parallel.enable_expert_parallel and config.model_config.is_moe
-    dp = parallel.data_parallel_size if spans else 1
+    dp = parallel.data_parallel_size if config.model_config.is_moe else 1
     return Topology(parallel.tensor_parallel_size, parallel.pipeline_parallel_size, dp)
+
+
+def check_expressible(config: VllmConfig) -> None:
+    """Raise `UsageError` where workers differ in more ways than a topology has."""
+    size = config.parallel_config.prefill_context_parallel_size
+    if size > 1 and config.model_config.is_moe:
+        raise UsageError(
+            f"prefill_context_parallel_size is {size}: experts span these workers, and sets have "
+            f"only tp, pp and dp; load the checkpoint itself, without a cache"
+        )
 
 
 def place_of(config: VllmConfig) -> Place:
@@ -89,10 +100,14 @@ def as_worker(config: VllmConfig, rank: int) -> Iterator[None]:
         made["_EP"] = group("ep", 0, 2)
         if config.parallel_config.enable_eplb:
             made["_EPLB"] = made["_EP"]
+    parallel = config.parallel_config
     before = {name: getattr(parallel_state, name) for name in _GROUPS}
+    own = parallel.rank, parallel.data_parallel_rank
     with ExitStack() as stack:
         stack.callback(lambda: _restore(before))
+        stack.callback(lambda: _be(config, *own))
         _restore(made)
+        _be(config, rank % (pp * tp), rank // (pp * tp))
         stack.enter_context(set_current_vllm_config(config, check_compile=False))
         yield
 
@@ -109,6 +124,11 @@ class _Nobody:
 
     def rank(self) -> int:
         return self.index
+
+
+def _be(config: VllmConfig, rank: int, dp_rank: int) -> None:
+    config.parallel_config.rank = rank
+    config.parallel_config.data_parallel_rank = dp_rank
 
 
 def _restore(groups: dict[str, Any]) -> None:
