@@ -16,6 +16,7 @@ SOURCE = Path(shardstate.__file__).parent
 ORDER = [
     "errors",
     "dtypes",
+    "jsontext",
     "layout",
     "sharding",
     "header",
@@ -50,8 +51,8 @@ ORDER = [
     "__main__",
 ]
 PURE = {
-    "errors", "dtypes", "layout", "sharding", "header", "catalog", "digest", "plan", "compose",
-    "restore",    "names", "manifest", "provenance", "parts", "coalesce",
+    "errors", "dtypes", "jsontext", "layout", "sharding", "header", "catalog", "digest", "plan",
+    "compose", "restore", "names", "manifest", "provenance", "parts", "coalesce",
 }  # fmt: skip
 EFFECTS = {"os", "io", "socket", "threading", "mmap", "subprocess", "pathlib", "time", "random"}
 

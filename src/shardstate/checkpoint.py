@@ -15,6 +15,7 @@ from shardstate.catalog import INDEX_NAME, Catalog, catalog_of, parse_index
 from shardstate.digest import block_count, digest_of, fingerprint, sample_ranges
 from shardstate.errors import CatalogError, DigestError, InputError, SetError, UsageError
 from shardstate.header import PREFIX_BYTES, Header, header_length, parse_header
+from shardstate.jsontext import json_fault
 from shardstate.manifest import (
     MAX_JSON_BYTES,
     Manifest,
@@ -37,8 +38,8 @@ from shardstate.names import (
 from shardstate.sharding import Topology
 from shardstate.storage import Storage
 
-_MAX_CONFIG_BYTES = 64 << 20
-_MAX_INDEX_BYTES = 256 << 20
+_MAX_CONFIG_BYTES = 16 << 20
+_MAX_INDEX_BYTES = 64 << 20  # 36,945 tensors take 4 MB
 _PICKLES = (".bin", ".pt", ".pth", ".gguf", ".h5")
 
 
@@ -198,12 +199,9 @@ class Checkpoint:
         raw = self.config_bytes()
         if not raw:
             return None
-        try:
-            found = json.loads(raw)
-        except (ValueError, RecursionError) as error:
-            raise InputError(
-                f"{CONFIG}: is not JSON: {error}; fetch it again", file=CONFIG
-            ) from None
+        if (wrong := json_fault(raw, constants=True)) is not None:
+            raise InputError(f"{CONFIG}: {wrong}; fetch it again", file=CONFIG)
+        found = json.loads(raw)
         if not isinstance(found, dict):
             raise InputError(f"{CONFIG}: is no JSON object; fetch it again", file=CONFIG)
         return found
