@@ -31,6 +31,7 @@ ORDER = [
     "parts",
     "report",
     "storage",
+    "signing",
     "coalesce",
     "buffers",
     "meter",
@@ -43,6 +44,7 @@ ORDER = [
     "findings",
     "against",
     "verify",
+    "trust",
     "api",
     "__init__",
     "torch",
@@ -97,7 +99,7 @@ def test_pure_modules_import_nothing_that_touches_the_world(own):
 
 
 def test_only_what_is_declared_is_imported():
-    declared = {"blake3", "click", "ml_dtypes", "msgspec", "numpy", "rich"}
+    declared = {"blake3", "click", "cryptography", "ml_dtypes", "msgspec", "numpy", "rich"}
     requires = {
         r.split(">")[0].replace("-", "_")
         for r in metadata.requires("shardstate")
@@ -128,6 +130,7 @@ def test_what_is_public():
         "open",
         "plan",
         "shard",
+        "sign",
         "verify",
     ]
     assert (SOURCE / "py.typed").exists()
@@ -136,6 +139,7 @@ def test_what_is_public():
 
 def test_importing_brings_no_torch_and_no_client_of_a_hub_or_cloud():
     heavy = ("torch", "vllm", "transformers", "huggingface_hub", "obstore", "boto3", "rich")
+    heavy += ("cryptography",)
     code = (
         f"import sys, shardstate, shardstate.cli; print([m for m in {heavy} if m in sys.modules])"
     )

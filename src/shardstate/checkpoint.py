@@ -52,6 +52,7 @@ class Checkpoint:
     topology: Topology | None = None  # of a set
     catalog: Catalog | None = None  # of an ordinary checkpoint
     manifest: Manifest | None = None
+    manifest_bytes: bytes = b""
     # The files of a set that vLLM wrote, by rank.
     parts: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
     bytes_meta: int = 0  # headers and JSON read so far
@@ -312,6 +313,7 @@ def _open_set(storage: Storage, *, has_manifest: bool, records: list[int]) -> Ch
         data = storage.read(MANIFEST, limit=MAX_JSON_BYTES)
         found.bytes_meta += len(data)
         found.manifest = parse_manifest(data, file=MANIFEST)
+        found.manifest_bytes = data
     else:
         read = [found.record(rank) for rank in records]
         for record in read[1:]:

@@ -18,6 +18,7 @@
     │   ├── LoadError               stored tensors do not fit a module
     │   └── TargetError             the place to write to holds something else
     ├── DamageError (ValueError)    bytes differ from their recorded digests
+    │   └── SignatureError          a set is not signed by the key that is required
     └── StorageError (OSError)      permission, disk full, I/O, network
         └── TargetBusy              another process is writing there
 
@@ -139,6 +140,10 @@ class DamageError(ShardStateError, ValueError):
     def __init__(self, message: str, *, file: str | None = None, report: Any = None) -> None:
         super().__init__(message, file=file)
         self.report = report
+
+
+class SignatureError(DamageError):
+    """A set is not signed, or not by the key that is required."""
 
 
 class StorageError(ShardStateError, OSError):

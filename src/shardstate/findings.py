@@ -23,6 +23,9 @@ Execute = Callable[
 ]
 
 
+_Raw = bytes  # `Verification` counts `bytes`
+
+
 @dataclass
 class Verification:
     """What was looked at and what was found."""
@@ -36,6 +39,7 @@ class Verification:
     opaque: int = 0  # tensors that a source cannot be compared with as a whole
     opaque_bytes: int = 0
     manifest: Manifest | None = None
+    manifest_bytes: _Raw = b""  # as they are, sound or not
     records: dict[int, Record] = field(default_factory=dict)
 
     @property

@@ -180,6 +180,7 @@ def _said(error: Exception) -> str:
 def _manifest(storage: Storage, found: Verification) -> Manifest | None:
     data = storage.read(MANIFEST, limit=MAX_JSON_BYTES)
     found.bytes_meta += len(data)
+    found.manifest_bytes = data
     try:
         found.manifest = parse_manifest(data, file=MANIFEST)
     except SetError as error:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from functools import partial
 
+from shardstate.api.loading import raise_damage
 from shardstate.api.planning import (
     READ_THREADS,
     open_path,
@@ -12,19 +14,20 @@ from shardstate.api.planning import (
     sizes_of,
     storage_at,
 )
+from shardstate.checkpoint import Checkpoint
 from shardstate.engine import Counters, Progress, execute
 from shardstate.errors import (
     UsageError,
 )
 from shardstate.findings import Verification
 from shardstate.names import MANIFEST, record_rank
-from shardstate.plan import (
-    Plan,
-)
+from shardstate.plan import Plan, plan_identity
 from shardstate.report import Phases, Report
+from shardstate.signing import checking_key
 from shardstate.storage import Storage
 from shardstate.targets import CompareTarget, DigestTarget
-from shardstate.verify import verify_set, verify_structure
+from shardstate.trust import check_trust, checked_digest, own_digest
+from shardstate.verify import block_problems, verify_set, verify_structure
 
 
 def verify(
@@ -34,6 +37,8 @@ def verify(
     against: str | os.PathLike[str] | None = None,
     ranks: Sequence[int] | None = None,
     pattern: str | None = None,
+    key: str | os.PathLike[str] | None = None,
+    digest: str | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Report:
@@ -42,9 +47,15 @@ def verify(
     Sizes, names, headers, JSON files and companions always; `full` hashes all data too; `against`
     implies `full` and compares every copy and fill with the source the set was made from. On
     vLLM's own sets and on ordinary checkpoints only the structure can be checked.
+
+    `key` is a file with the Ed25519 key that must have signed the set, public or private. `digest`
+    is what its manifest's must be: of the file, or the one that it ends with. Both vouch for what
+    this call reads: without `full` that is everything but the data.
     """
     phases = Phases()
     report = Report(bytes_wanted=0)
+    public = checking_key(key) if key is not None else None
+    expected = checked_digest(digest) if digest is not None else None
     figures: list[tuple[Counters, int]] = []  # of each pass, and what it read of the set beside
 
     def carry_out(
@@ -83,7 +94,13 @@ def verify(
                     execute=carry_out,
                 )
                 report.kind = "shardstate"
+                report.signed_by = check_trust(storage, found, key=public, digest=expected)
             else:
+                if public is not None or expected is not None:
+                    raise UsageError(
+                        f"{storage.location}: is no set of shardstate, so that nothing is signed; "
+                        f"leave --key and --digest out, or shard it and sign that"
+                    )
                 if source is not None:
                     raise UsageError(
                         f"{storage.location}: no provenance is recorded there; leave --against out"
@@ -102,6 +119,27 @@ def verify(
         raise UsageError(f"pattern {pattern!r} contradicts the set's {info.pattern!r}")
     _verified(report, found, is_set and (full or source is not None))
     return phases.finish(report, main="read" if report.bytes_read else None)
+
+
+def check_data(checkpoint: Checkpoint, *, threads: int) -> None:
+    """Hash all data of a set that is open; raise `DamageError` that lists what is damaged."""
+    for rank in checkpoint.ranks:
+        catalog = checkpoint.rank_catalog(rank)
+        plan, target = plan_identity(catalog), DigestTarget([catalog])
+        execute(
+            reads_of([plan], threads=threads),
+            storage=checkpoint.storage,
+            target=target,
+            threads=threads,
+            progress=None,
+            fills_memory=False,
+        )
+        found = tuple(
+            problem
+            for entry in checkpoint.record(rank).files
+            for problem in block_problems(entry, catalog, partial(target.blocks, 0))
+        )
+        raise_damage(Report(problems=found))
 
 
 def _verified(report: Report, found: Verification, full: bool) -> None:
@@ -124,6 +162,7 @@ def _verified(report: Report, found: Verification, full: bool) -> None:
         report.committed = found.manifest is not None
     if found.manifest is not None:
         report.set = found.manifest.set
+        report.digest = own_digest(found.manifest_bytes)
 
 
 def _checked_ranks(ranks: Sequence[int] | None) -> Sequence[int] | None:

@@ -34,7 +34,9 @@ from shardstate.errors import (
     UsageError,
 )
 from shardstate.report import Phases, Problem, Report
+from shardstate.signing import checking_key
 from shardstate.targets import MemoryTarget, StoredDigests, allocate
+from shardstate.trust import require_signature
 from shardstate.verify import block_problems
 
 _log = logging.getLogger("shardstate")
@@ -148,6 +150,7 @@ def load(
     dtype: str = "keep",
     pattern: str | None = None,
     verify: bool = False,
+    key: str | os.PathLike[str] | None = None,
     map: bool = False,  # noqa: A002
 ) -> dict[str, np.ndarray]:
     """Return the tensors of one rank: {name: array}; ml_dtypes for bfloat16 and float8.
@@ -155,6 +158,8 @@ def load(
     Sub-byte types come packed, as flat arrays of uint8. Alias names share one array. From an
     ordinary checkpoint, `tp` says among how many ranks it is shared, and only what `rank` needs is
     read. `verify` compares digests while reading (sets of ours only) and raises `DamageError`.
+    `key`, a file with an Ed25519 key, does so too and wants the set signed by it
+    (`SignatureError`).
 
     `map` reads nothing: arrays lie over a private mapping of the rank's files (of sets, on a local
     disk). Writing to them never reaches a file. Whoever truncates a mapped file kills the process
@@ -171,6 +176,7 @@ def load(
         dtype=dtype,
         pattern=pattern,
         verify=verify,
+        key=key,
         map=map,
     )[0]
 
@@ -187,16 +193,21 @@ def load_rank(
     dtype: str = "keep",
     pattern: str | None = None,
     verify: bool = False,
+    key: str | os.PathLike[str] | None = None,
     map: bool = False,  # noqa: A002
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> tuple[dict[str, np.ndarray], Report]:
     """Do what `load` does, and return the report as well."""
     request = Request(tp=tp or 1, pp=pp, rules=rules, dtype=dtype, engine_args=engine_args)
+    public = checking_key(key) if key is not None else None
+    verify = verify or public is not None
     with _damage_where(verify):
         phases = Phases()
         with open_path(path, pattern=pattern) as checkpoint:
             with phases("open"):
+                if public is not None:
+                    require_signature(checkpoint, public)
                 report = describe_checkpoint(checkpoint)
                 if verify and checkpoint.kind != "shardstate":
                     raise UsageError(

@@ -35,6 +35,7 @@ def _render(console: Console, command: str, arguments: Mapping[str, Any], report
         "shard": _shard,
         "load": _load,
         "verify": _verify,
+        "sign": _sign,
         "list": _cache,
         "prune": _cache,
     }[command](console, arguments, report)
@@ -86,6 +87,8 @@ def _inspect(console: Console, arguments: Mapping[str, Any], report: Report) -> 
     console.print(f"[bold]{escape(str(arguments['path']))}[/bold]: {_headline(report)}")
     if report.set:
         console.print(f"set {report.set}")
+    if report.digest:
+        console.print(f"digest {report.digest}")
     console.print(
         f"{count(report.tensors, 'tensor')}, {size(report.bytes)} in {count(report.files, 'file')}"
         + (f", {size(report.padding_bytes)} of it padding" if report.padding_bytes else "")
@@ -225,7 +228,19 @@ def _verify(console: Console, arguments: Mapping[str, Any], report: Report) -> N
         what = "all digests agree"
     else:
         what = "files, headers and records agree; --full hashes the data too"
+    if arguments.get("key"):
+        what += f"; signed by key {report.signed_by}"
     console.print(f"[bold]{path}[/bold]: {what} ({looked}; {_seconds(report, 'read')})")
+
+
+def _sign(console: Console, arguments: Mapping[str, Any], report: Report) -> None:
+    if report.problems:
+        _verify(console, arguments, report)
+        return
+    console.print(
+        f"[bold]{escape(str(arguments['path']))}[/bold]: signed by key {report.signed_by}"
+    )
+    console.print(f"digest {report.digest}")
 
 
 def _seconds(report: Report, phase: str) -> str:
