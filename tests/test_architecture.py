@@ -45,6 +45,7 @@ ORDER = [
     "against",
     "verify",
     "trust",
+    "repair",
     "api",
     "__init__",
     "torch",

@@ -33,6 +33,7 @@ _SEAL = b',"digest":"'
 Digest = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
 Natural = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 Size = Annotated[int, msgspec.Meta(ge=1, le=MAX_RANKS)]
+_Text = Annotated[str, msgspec.Meta(max_length=4096)]  # errors quote it
 SetId = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9._-]{1,64}\Z")]
 
 
@@ -47,8 +48,8 @@ class Sizes(msgspec.Struct, frozen=True):
 class Source(msgspec.Struct, frozen=True):
     """Where a set came from."""
 
-    location: str  # absolute, without credentials
-    revision: str | None
+    location: _Text  # absolute, without credentials
+    revision: _Text | None
     fingerprint: Digest
 
 
@@ -56,14 +57,14 @@ class SetInfo(msgspec.Struct, frozen=True, kw_only=True):
     """What manifest and records say alike: `topology` to `source`, in this order."""
 
     topology: Sizes
-    layout: str
-    stage: str
-    pattern: str
-    dtype: str
-    quantization: str | None = None
-    platform: str | None = None
-    engine: str | None = None
-    engine_version: str | None = None
+    layout: _Text
+    stage: _Text
+    pattern: _Text
+    dtype: _Text
+    quantization: _Text | None = None
+    platform: _Text | None = None
+    engine: _Text | None = None
+    engine_version: _Text | None = None
     engine_arguments: dict[str, Any] = {}
     source: Source | None = None
 

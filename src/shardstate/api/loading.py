@@ -294,7 +294,7 @@ def check_blocks(checkpoint: Checkpoint, digests: StoredDigests, rank: int) -> t
     return tuple(
         problem
         for entry in checkpoint.record(rank).files
-        for problem in block_problems(entry, catalog, digests.blocks)
+        for problem in block_problems(entry, catalog, digests.blocks, info=checkpoint.info)
     )
 
 

@@ -211,12 +211,21 @@ def load(path: str, **arguments: Any) -> Report:
 @click.option("--against", metavar="SRC", help="Compare with the source; implies --full.")
 @click.option("--ranks", type=_ranks, metavar="R,…", help="Check these ranks only: 0,3 or 0-3.")
 @_pattern
+@click.option(
+    "--repair",
+    is_flag=False,
+    flag_value="",
+    metavar="[SRC]",
+    help="Make damaged files again: from SRC, the source or another copy of the set; without SRC "
+    "from the source that is recorded. Implies --full.",
+)
 @_key
 @click.option("--digest", metavar="HEX", help="What the manifest's digest must be.")
 @_common
 def verify(path: str, **arguments: Any) -> Report:
     """Check sizes, names, headers and digests of PATH; list all problems."""
-    return api.verify(path, **arguments)
+    repair = arguments.pop("repair")
+    return api.verify(path, repair=False if repair is None else repair or True, **arguments)
 
 
 @cli.command()

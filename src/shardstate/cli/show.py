@@ -224,7 +224,7 @@ def _verify(console: Console, arguments: Mapping[str, Any], report: Report) -> N
         what = "the structure is sound"
     elif arguments.get("against"):
         what = f"all digests agree, and every byte comes from {escape(str(arguments['against']))}"
-    elif arguments.get("full"):
+    elif arguments.get("full") or arguments.get("repair") is not None:
         what = "all digests agree"
     else:
         what = "files, headers and records agree; --full hashes the data too"
