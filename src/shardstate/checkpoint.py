@@ -13,7 +13,14 @@ from typing import Any
 
 from shardstate.catalog import INDEX_NAME, Catalog, catalog_of, parse_index
 from shardstate.digest import block_count, digest_of, fingerprint, sample_ranges
-from shardstate.errors import CatalogError, DigestError, InputError, SetError, UsageError
+from shardstate.errors import (
+    CatalogError,
+    ChangedFile,
+    DigestError,
+    InputError,
+    SetError,
+    UsageError,
+)
 from shardstate.header import PREFIX_BYTES, Header, header_length, parse_header
 from shardstate.jsontext import json_fault
 from shardstate.manifest import (
@@ -36,7 +43,7 @@ from shardstate.names import (
     record_rank,
 )
 from shardstate.sharding import Topology
-from shardstate.storage import Storage
+from shardstate.storage import Entry, Storage
 
 _MAX_CONFIG_BYTES = 16 << 20
 _MAX_INDEX_BYTES = 64 << 20  # 36,945 tensors take 4 MB
@@ -56,6 +63,7 @@ class Checkpoint:
     # The files of a set that vLLM wrote, by rank.
     parts: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
     bytes_meta: int = 0  # headers and JSON read so far
+    seen: Mapping[str, Entry] = field(default_factory=dict)  # what was there when it was opened
     _records: dict[int, tuple[Record, bytes]] = field(default_factory=dict)
     _catalogs: dict[int, Catalog] = field(default_factory=dict)
 
@@ -130,6 +138,16 @@ class Checkpoint:
             except InputError as error:
                 raise error.located(self.location) from None
         return self._catalogs[rank]
+
+    def check_unchanged(self, files: Iterable[str]) -> None:
+        """Raise `ChangedFile` if one of `files` is not what it was when this was opened.
+
+        What was read between is then of one generation: of no file half of the old content.
+        """
+        try:
+            check_unchanged(self.storage, self.seen, files)
+        except ChangedFile as error:
+            raise error.located(self.location) from None
 
     def _open_rank(self, rank: int) -> Catalog:
         if self.kind == "vllm":
@@ -234,6 +252,21 @@ class Checkpoint:
             yield bytes(sample)
 
 
+def check_unchanged(storage: Storage, seen: Mapping[str, Entry], files: Iterable[str]) -> None:
+    """Raise `ChangedFile` if one of `files` is not there any more as it was `seen`."""
+    now = storage.entries()
+    for name in files:
+        before, after = seen.get(name), now.get(name)
+        if before is None or before == after:
+            continue
+        what = "vanished" if after is None else "was replaced or written to"
+        raise ChangedFile(
+            f"{name}: {what} while it was read; what was loaded is not used: load it again once "
+            f"nobody writes there",
+            file=name,
+        )
+
+
 def blocks_fit(entry: PartEntry, header: Header) -> bool:
     """Whether a record lists a digest for each block of each tensor of a rank file."""
     sizes = [end - begin for begin, end in zip(header.begins, header.ends, strict=True)]
@@ -286,6 +319,12 @@ def open_checkpoint(storage: Storage, *, pattern: str | None) -> Checkpoint:
     `pattern` names the rank files of a set that vLLM wrote with one of its own.
     """
     names = storage.entries()
+    found = _opened(storage, names, pattern)
+    found.seen = names
+    return found
+
+
+def _opened(storage: Storage, names: Mapping[str, Entry], pattern: str | None) -> Checkpoint:
     records = sorted(rank for name in names if (rank := record_rank(name)) is not None)
     if MANIFEST in names or records:
         found = _open_set(storage, has_manifest=MANIFEST in names, records=records)

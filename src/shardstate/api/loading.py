@@ -31,6 +31,7 @@ from shardstate.engine import Progress, execute
 from shardstate.errors import (
     DamageError,
     DigestError,
+    OutOfMemory,
     UsageError,
 )
 from shardstate.report import Phases, Problem, Report
@@ -230,19 +231,22 @@ def load_rank(
                     notes.append(f"nothing vouches for the bytes of {checkpoint.location}")
             with phases("read"):
                 catalog = made.plan.catalog
-                arrays = _mapped(checkpoint, catalog) if map else allocate(made.plan.tensors)
+                with _memory_for(checkpoint, rank, report):
+                    arrays = _mapped(checkpoint, catalog) if map else allocate(made.plan.tensors)
                 digests = stored_digests(made.plan.catalog) if verify else None
                 target = MemoryTarget(
                     [array.reshape(-1).view(np.uint8) for array in arrays.values()], digests=digests
                 )
-                counters = execute(
-                    reads,
-                    storage=checkpoint.storage,
-                    target=target,
-                    threads=threads or READ_THREADS,
-                    progress=progress,
-                    fills_memory=True,
-                )
+                with _memory_for(checkpoint, rank, report):
+                    counters = execute(
+                        reads,
+                        storage=checkpoint.storage,
+                        target=target,
+                        threads=threads or READ_THREADS,
+                        progress=progress,
+                        fills_memory=True,
+                    )
+                checkpoint.check_unchanged(catalog.files)
                 write_counted(report, counters)
                 problems = check_blocks(checkpoint, digests, rank) if digests is not None else ()
                 stored = checkpoint.kind == "shardstate"
@@ -255,6 +259,18 @@ def load_rank(
         report.notes = tuple(notes) or None
         log_loaded(report, rank=rank, verify=verify, way=f"layout={report.layout}")
         return arrays, report
+
+
+@contextmanager
+def _memory_for(checkpoint: Checkpoint, rank: int, report: Report) -> Iterator[None]:
+    """Say of a MemoryError what did not fit."""
+    try:
+        yield
+    except MemoryError as error:
+        raise OutOfMemory(
+            f"{checkpoint.location}: rank {rank} takes {report.bytes} bytes, and memory ran out; "
+            f"free some, or share it among more ranks"
+        ) from error
 
 
 @contextmanager

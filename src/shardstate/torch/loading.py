@@ -158,6 +158,7 @@ def load_place(
                 report.problems = check_blocks(checkpoint, digests, index)
         else:
             fill(backend, checkpoint, made.plan.catalog, fit.goals)
+        checkpoint.check_unchanged(made.plan.catalog.files)
         for goal, twin in fit.twins:
             goal.copy_(twin)
     phases.finish(report, main="read")

@@ -276,6 +276,7 @@ class ShardedStateLoader(BaseModelLoader):
         with phases("read"), _progress_bar(self.load_config, rank) as progress:
             weights.progress = progress
             report.bytes = recorder.flush()
+            weights.check_unchanged()
         with phases("check"):
             track(default, model, model_config, loaded)
         made = recorder.materialised
