@@ -42,7 +42,7 @@ fuzz: $(VENV)/.dev
 	$(BIN)/python tests/fuzz/kill.py
 
 bench: $(VENV)/.dev
-	@for script in startup catalog shard module; do $(BIN)/python bench/$$script.py || exit 1; done
+	@for script in startup catalog shard module verify; do $(BIN)/python bench/$$script.py || exit 1; done
 
 clean:
 	rm -rf $(VENV) $(VLLM_VENV) demo bench/out .fuzz

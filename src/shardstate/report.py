@@ -38,6 +38,7 @@ class Report:
     seconds: float | None = None
     phases: Mapping[str, float] | None = None
     gbps: float | None = None
+    hashing: float | None = None  # seconds of all threads together, where digests were compared
     peak_extra_bytes: int | None = None
     tensors: int | None = None
     files: int | None = None

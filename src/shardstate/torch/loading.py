@@ -156,6 +156,7 @@ def load_place(
             write_counted(report, counters)
             if digests is not None:
                 report.problems = check_blocks(checkpoint, digests, index)
+                report.hashing = digests.seconds
         else:
             fill(backend, checkpoint, made.plan.catalog, fit.goals)
         checkpoint.check_unchanged(made.plan.catalog.files)
