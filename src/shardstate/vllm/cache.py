@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger("shardstate")
 
 WRITE_THREADS = 1  # the engine has better things to do
+_GRACE = 0.1  # seconds: this worker's loading ends before its writer wants the interpreter
 
 
 @dataclass(frozen=True)
@@ -145,6 +147,7 @@ class Entry:
         assert source is not None
 
         def write() -> None:
+            time.sleep(_GRACE)
             try:
                 reads = reads_of([plan], threads=WRITE_THREADS, in_dest_order=True)
                 with (

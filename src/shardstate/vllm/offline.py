@@ -7,14 +7,9 @@ what that does is the plan.
 from __future__ import annotations
 
 import gc
-import os
 from collections.abc import Mapping
 from contextlib import closing
 from typing import Any, cast
-
-# vLLM logs to stdout unless told otherwise, and says much; what it is told elsewhere stays.
-os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 import msgspec
 import torch
@@ -26,7 +21,7 @@ from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.model_executor.models.registry import ModelRegistry
 from vllm.utils.torch_utils import set_default_torch_dtype
 
-from shardstate.api.planners import Made, Request
+from shardstate.api.planners import Made, Request, quiet_vllm
 from shardstate.api.planning import READ_THREADS
 from shardstate.checkpoint import Checkpoint
 from shardstate.digest import digest_of
@@ -157,7 +152,8 @@ def _config_of(
             dtype=DTYPES.get(dtype, "auto"),  # type: ignore[arg-type]
             **given,
         )
-        return args.create_engine_config()
+        with quiet_vllm():
+            return args.create_engine_config()
     except Exception as error:
         text = " ".join(str(error).split())
         raise InputError(f"{location}: vLLM cannot serve it that way: {text}") from error
