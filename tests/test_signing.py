@@ -128,6 +128,12 @@ class TestSigning:
         shardstate.sign(copy, key=keys / "other")
         assert problems(copy, key=keys / "other.pub") == []
         assert problems(copy, key=keys / "own") == [("digest", "shardstate.json.sig")]
+        assert shardstate.verify(copy, key=keys / "own").signed_by is None
+
+    def test_a_signature_is_only_claimed_where_no_key_is_required(self, sound):
+        report = shardstate.verify(sound)
+        assert report.signed_by is None
+        assert "says it is signed by key" in report.notes[0]
 
     def test_a_damaged_set_is_not_signed(self, unsigned, keys, tmp_path):
         path = shutil.copytree(unsigned, tmp_path / "set")

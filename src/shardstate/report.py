@@ -54,7 +54,7 @@ class Report:
     set: str | None = None
     committed: bool | None = None
     digest: str | None = None  # of the manifest: what `verify --digest` takes
-    signed_by: str | None = None  # public key whose signature is there, checked or not
+    signed_by: str | None = None  # the public key that was required, and did sign the set
     bytes_by_dtype: Mapping[str, int] | None = None
     bytes_by_rank: Mapping[str, int] | None = None
     tensor_list: tuple[Mapping[str, Any], ...] | None = None

@@ -34,10 +34,10 @@ def check_trust(
     """Add what is wrong with the signature of a set, and with its manifest's digest.
 
     `key` must have signed it, where one is given. `digest` is that of the whole manifest or the one
-    that it ends with: both stand for the same bytes. Return the key that the signature names.
+    that it ends with: both stand for the same bytes. Return the key, if it did sign the set; whose
+    signature it claims to be is a note.
     """
     manifest, data = found.manifest_bytes, _signature(storage)
-    signed_by = None
     if data is not None:
         found.files.append((SIGNATURE, len(data), None))
         found.bytes_meta += len(data)
@@ -48,19 +48,19 @@ def check_trust(
                 text = f"{str(error).removeprefix(f'{SIGNATURE}: ')}, and sign it again"
                 found.add("digest", SIGNATURE, text)
         else:
-            signed_by = signature.key
             if key is None and found.manifest and signature.manifest != digest_of(manifest):
                 text = f"is of another {MANIFEST}; sign the set again, or remove it"
                 found.add("stale", SIGNATURE, text)
             if key is None:
-                found.notes.append(f"signed by key {signed_by}: --key FILE checks that")
-    if key is not None and (problem := signature_problem(manifest, data, key)) is not None:
+                found.notes.append(f"says it is signed by key {signature.key}: --key FILE checks")
+    problem = None if key is None else signature_problem(manifest, data, key)
+    if problem is not None:
         found.problems.append(problem)
     if digest is not None and digest not in (digest_of(manifest), _sound(found)):
         found_is = _sound(found) or digest_of(manifest)
         text = f"has digest {found_is}, expected {digest}; it is another set, or changed"
         found.add("digest", MANIFEST, text)
-    return signed_by
+    return key if problem is None else None
 
 
 def require_signature(checkpoint: Checkpoint, key: str) -> None:

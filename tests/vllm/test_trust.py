@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from test_loader import expected, fill_cache, llama, loaded, loader, log, mode_of, offline, raw
 
 import shardstate
-from checkpoints import flip_bit
+from checkpoints import flip_bit, tree
 from crashing import die_at
 from shardstate.errors import ChangedFile, DamageError, SignatureError, UsageError
 from shardstate.storage import LocalStorage
@@ -121,6 +121,14 @@ def test_a_worker_killed_at_any_change_of_the_cache_harms_nobody(llama, memory_p
             break
         assert status == -signal.SIGKILL
     assert number > 10
+
+
+def test_every_file_of_a_set_is_made_again_from_its_source(llama, offline, tmp_path):
+    path = shutil.copytree(offline, tmp_path / "set")
+    for name in sorted(os.listdir(offline)):
+        os.truncate(path / name, (path / name).stat().st_size // 2)
+        assert shardstate.verify(path, repair=llama).problems == (), name
+        assert tree(path) == tree(offline), name
 
 
 def test_code_of_a_model_is_not_run(llama, tmp_path, monkeypatch):

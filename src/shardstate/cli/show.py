@@ -197,7 +197,7 @@ def _load(console: Console, arguments: Mapping[str, Any], report: Report) -> Non
         f"{report.gbps or 0:.2f}",
     )
     console.print(table)
-    if arguments.get("verify"):
+    if arguments.get("verify") or arguments.get("key"):
         console.print("all digests agree")
 
 
