@@ -1,10 +1,11 @@
 """What does comparing digests while loading cost, beside the least that hashing can cost?
 
 The peer is a loop of two threads that read 4 MiB of the rank's files and hash them, into one
-buffer each. Everything is in the page cache. Rounds are interleaved, in another order each time;
-figures are medians. Prints one JSON line; `ratio`: the peer's time by that of `load(verify=True)`.
+buffer each. Everything is in the page cache, or with --cold nothing. Rounds are interleaved, in
+another order each time; figures are medians. Prints one JSON line; `ratio` is the peer's time by
+that of `load(verify=True)`.
 
-    python bench/verify.py [--bytes 1000000000] [--rounds 7] [--work bench/out]
+    python bench/verify.py [--bytes 1000000000] [--rounds 7] [--cold] [--work bench/out]
 """
 
 from __future__ import annotations
@@ -54,6 +55,14 @@ def read_and_hash(files: list[Path]) -> float:
     return took
 
 
+def drop(files: list[Path]) -> None:
+    """Take files out of the page cache, as far as the kernel does it."""
+    for file in files:
+        fd = os.open(file, os.O_RDONLY)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(fd)
+
+
 def load_seconds(path: Path, *, verify: bool) -> tuple[float, float]:
     """Return the seconds of loading rank 0, and those that hashing took of all threads."""
     arrays, report = load_rank(path, rank=0, verify=verify)
@@ -67,6 +76,7 @@ def main() -> None:
     parser.add_argument("--bytes", type=int, default=1_000_000_000)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--work", type=Path, default=Path("bench/out"))
+    parser.add_argument("--cold", action="store_true", help="drop the files from the page cache")
     options = parser.parse_args()
     source = options.work / f"llama-{options.bytes}"
     target = options.work / f"verify-{options.bytes}"
@@ -85,6 +95,8 @@ def main() -> None:
     for number in range(options.rounds + 1):
         names = list(ways)
         for name in names[number % 3 :] + names[: number % 3]:
+            if options.cold:
+                drop(files)
             seconds, hashed = ways[name]()
             if number:  # the first round warms the cache and counts for nobody
                 times[name].append(seconds)
@@ -97,6 +109,7 @@ def main() -> None:
         "seconds": medians,
         "hashing": round(statistics.median(hashing), 4),
         "ratio": round(medians["loop"] / medians["verify"], 3),
+        "cold": options.cold,
         "rounds": options.rounds,
         "cpus": os.cpu_count(),
     }
