@@ -29,10 +29,12 @@ ORDER = [
     "provenance",
     "parts",
     "report",
+    "plot",
     "buffers",
     "storage",
     "coalesce",
     "meter",
+    "raw",
     "targets",
     "engine",
     "checkpoint",
@@ -52,6 +54,7 @@ ORDER = [
 PURE = {
     "errors", "dtypes", "layout", "sharding", "header", "catalog", "digest", "plan", "compose",
     "restore",    "names", "manifest", "provenance", "parts", "coalesce",
+    "plot",
 }  # fmt: skip
 EFFECTS = {"os", "io", "socket", "threading", "mmap", "subprocess", "pathlib", "time", "random"}
 
