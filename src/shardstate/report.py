@@ -60,6 +60,7 @@ class Report:
     tensor_list: tuple[Mapping[str, Any], ...] | None = None
     file_list: tuple[Mapping[str, Any], ...] | None = None
     problems: tuple[Problem, ...] | None = None
+    measured: tuple[Mapping[str, Any], ...] | None = None  # by `bench`: who, how, GB/s
     by_rule: tuple[Mapping[str, Any], ...] | None = None  # how a plan shares: tensors and bytes
     notes: tuple[str, ...] | None = None  # worth knowing, and no problem
 

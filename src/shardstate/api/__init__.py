@@ -1,5 +1,6 @@
 """Each operation: open, plan, execute. Owns every default; the command line only calls this."""
 
+from shardstate.api.benching import bench
 from shardstate.api.caching import cache_list, cache_prune
 from shardstate.api.checking import verify
 from shardstate.api.loading import inspect, load, load_rank, plan
@@ -9,6 +10,7 @@ from shardstate.api.writing import MAX_PART_SIZE, parse_size, shard
 
 __all__ = [
     "MAX_PART_SIZE",
+    "bench",
     "cache_list",
     "cache_prune",
     "inspect",

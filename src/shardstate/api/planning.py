@@ -46,6 +46,7 @@ from shardstate.sharding import (
     parse_rules,
 )
 from shardstate.storage import LocalStorage
+from shardstate.storage.adaptive import MOST_THREADS
 from shardstate.storage.local import mapped_errors
 from shardstate.trust import own_digest
 
@@ -53,7 +54,7 @@ _log = logging.getLogger("shardstate")
 
 READ_THREADS = 2  # reach what a disk gives through the page cache
 PIECE_BYTES = BLOCK_BYTES  # so that pieces of contiguous tensors are whole digest blocks
-READ_BYTES = 2 * PIECE_BYTES
+READ_BYTES = PIECE_BYTES
 MEMORY_BYTES = 256 << 20  # beyond the destination, for all threads together
 _GRAIN_BYTES = 64 << 10
 MAX_GAP_BYTES = 256 << 10  # a local disk reads over this as fast as it begins another request
@@ -220,13 +221,16 @@ def reads_of(
     threads: int,
     in_dest_order: bool = False,
     wanted: Sequence[frozenset[int]] | None = None,
+    chunk_bytes: int | None = None,
 ) -> list[Read]:
     """Return the reads of `plans` for so many threads that their memory keeps to the budget.
 
     A thread holds what it reads, and as much again when that is moved, cast or grows by a cast.
+    While storages choose, as many as `MOST_THREADS` may be at work.
     """
-    share = MEMORY_BYTES // (4 * threads)
-    read_bytes = min(READ_BYTES, max(share // _GRAIN_BYTES, 1) * _GRAIN_BYTES)
+    share = MEMORY_BYTES // (4 * max(threads, MOST_THREADS))
+    most = min(chunk_bytes or READ_BYTES, READ_BYTES)
+    read_bytes = min(most, max(share // _GRAIN_BYTES, 1) * _GRAIN_BYTES)
     return plan_reads(
         plans,
         in_dest_order=in_dest_order,
@@ -261,6 +265,7 @@ def write_planned(
 def write_counted(report: Report, counters: Counters) -> None:
     """Put what an execution did in the place of what was planned."""
     report.bytes_read, report.requests = counters.bytes_read, counters.requests
+    report.bytes_cached = counters.bytes_cached
     report.peak_extra_bytes = counters.peak_extra_bytes
 
 

@@ -237,6 +237,19 @@ def sign(path: str, key: str, **_: Any) -> Report:
     return api.sign(path, key=key)
 
 
+@cli.command()
+@_path()
+@click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True)
+@click.option(
+    "--max-size", default="2GB", show_default=True, metavar="SIZE", help="Read no more than this."
+)
+@click.option("--plot", metavar="FILE.svg", help="Draw the figures.")
+@_common
+def bench(path: str, **arguments: Any) -> Report:
+    """Measure reading PATH here: this engine, safetensors, and the raw limits; warm and cold."""
+    return api.bench(path, **arguments)
+
+
 @cli.group()
 def cache() -> None:
     """Look after the directory that the vLLM loader keeps shards in (`cache` in its config)."""

@@ -36,6 +36,7 @@ def _render(console: Console, command: str, arguments: Mapping[str, Any], report
         "load": _load,
         "verify": _verify,
         "sign": _sign,
+        "bench": _bench,
         "list": _cache,
         "prune": _cache,
     }[command](console, arguments, report)
@@ -241,6 +242,23 @@ def _sign(console: Console, arguments: Mapping[str, Any], report: Report) -> Non
         f"[bold]{escape(str(arguments['path']))}[/bold]: signed by key {report.signed_by}"
     )
     console.print(f"digest {report.digest}")
+
+
+def _bench(console: Console, arguments: Mapping[str, Any], report: Report) -> None:
+    console.print(
+        f"[bold]{escape(str(arguments['path']))}[/bold]: {size(report.bytes)} in "
+        f"{count(report.tensors, 'tensor')}, into memory that was touched before"
+    )
+    for state in ("warm", "cold"):
+        table = _table(state, "GB/s", "lowest", "highest")
+        for each in report.measured or ():
+            if each["state"] == state:
+                figures = (each[key] for key in ("gbps", "gbps_min", "gbps_max"))
+                table.add_row(escape(each["name"]), *(f"{value:.2f}" for value in figures))
+        if table.row_count:
+            console.print()
+            console.print(table)
+    console.print()
 
 
 def _seconds(report: Report, phase: str) -> str:
