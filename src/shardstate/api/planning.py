@@ -48,6 +48,7 @@ from shardstate.sharding import (
 from shardstate.storage import LocalStorage
 from shardstate.storage.adaptive import MOST_THREADS
 from shardstate.storage.local import mapped_errors
+from shardstate.trust import own_digest
 
 _log = logging.getLogger("shardstate")
 
@@ -104,6 +105,7 @@ def describe_checkpoint(checkpoint: Checkpoint) -> Report:
         topology=sizes_of(checkpoint.topology),
         set=checkpoint.set_id,
         committed=checkpoint.committed,
+        digest=own_digest(checkpoint.manifest_bytes) if checkpoint.manifest is not None else None,
         materialised=0,
         materialised_bytes=0,
     )

@@ -36,6 +36,7 @@ def _render(console: Console, command: str, arguments: Mapping[str, Any], report
         "load": _load,
         "verify": _verify,
         "bench": _bench,
+        "sign": _sign,
         "list": _cache,
         "prune": _cache,
     }[command](console, arguments, report)
@@ -87,6 +88,8 @@ def _inspect(console: Console, arguments: Mapping[str, Any], report: Report) -> 
     console.print(f"[bold]{escape(str(arguments['path']))}[/bold]: {_headline(report)}")
     if report.set:
         console.print(f"set {report.set}")
+    if report.digest:
+        console.print(f"digest {report.digest}")
     console.print(
         f"{count(report.tensors, 'tensor')}, {size(report.bytes)} in {count(report.files, 'file')}"
         + (f", {size(report.padding_bytes)} of it padding" if report.padding_bytes else "")
@@ -195,7 +198,7 @@ def _load(console: Console, arguments: Mapping[str, Any], report: Report) -> Non
         f"{report.gbps or 0:.2f}",
     )
     console.print(table)
-    if arguments.get("verify"):
+    if arguments.get("verify") or arguments.get("key"):
         console.print("all digests agree")
 
 
@@ -222,10 +225,12 @@ def _verify(console: Console, arguments: Mapping[str, Any], report: Report) -> N
         what = "the structure is sound"
     elif arguments.get("against"):
         what = f"all digests agree, and every byte comes from {escape(str(arguments['against']))}"
-    elif arguments.get("full"):
+    elif arguments.get("full") or arguments.get("repair") is not None:
         what = "all digests agree"
     else:
         what = "files, headers and records agree; --full hashes the data too"
+    if arguments.get("key"):
+        what += f"; signed by key {report.signed_by}"
     console.print(f"[bold]{path}[/bold]: {what} ({looked}; {_seconds(report, 'read')})")
 
 
@@ -244,6 +249,16 @@ def _bench(console: Console, arguments: Mapping[str, Any], report: Report) -> No
             console.print()
             console.print(table)
     console.print()
+
+
+def _sign(console: Console, arguments: Mapping[str, Any], report: Report) -> None:
+    if report.problems:
+        _verify(console, arguments, report)
+        return
+    console.print(
+        f"[bold]{escape(str(arguments['path']))}[/bold]: signed by key {report.signed_by}"
+    )
+    console.print(f"digest {report.digest}")
 
 
 def _seconds(report: Report, phase: str) -> str:

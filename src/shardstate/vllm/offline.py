@@ -106,7 +106,7 @@ class VllmPlanner:
         model_config = self._config.model_config
         default = DefaultModelLoader(LoadConfig(load_format="auto", use_tqdm_on_load=False))
         assert self._checkpoint.catalog is not None
-        nothing = Weights(self._checkpoint.storage, self._checkpoint.catalog, [], READ_THREADS)
+        nothing = Weights(self._checkpoint.storage, self._checkpoint.catalog, [], READ_THREADS, {})
         recorder = Recorder(nothing.catalog, nothing.read, offline=True)
         with recorder, set_default_torch_dtype(model_config.dtype), torch.device("cpu"):
             model = initialize_model(self._config)

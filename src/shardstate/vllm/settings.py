@@ -17,6 +17,7 @@ class Settings:
     source: str | None = None  # a location that overrides the target model's
     cache: str | None = None  # a directory that keeps shards for the next start
     verify: bool = False  # compare digests while reading a set of ours
+    key: str | None = None  # a file with the Ed25519 key that must have signed the set
     strict: bool = True  # missing and unexpected names, another engine version: an error
     threads: int | None = None  # that read at once
     direct: bool = False  # past the page cache
@@ -28,6 +29,7 @@ _KINDS: Mapping[str, tuple[type, str]] = {
     "source": (str, "a text"),
     "cache": (str, "a text"),
     "verify": (bool, "true or false"),
+    "key": (str, "a text"),
     "strict": (bool, "true or false"),
     "threads": (int, "a number, 1 or more"),
     "direct": (bool, "true or false"),
@@ -61,5 +63,10 @@ def parse_settings(config: object) -> Settings:
     if settings.backend not in ("native", "safetensors", "runai"):
         raise UsageError(
             f"{where}: backend is {settings.backend!r}, expected {_KINDS['backend'][1]}"
+        )
+    if settings.backend != "native" and (settings.verify or settings.key is not None):
+        raise UsageError(
+            f"{where}: verify and key need backend native, which hashes what it reads; found "
+            f"backend {settings.backend!r}"
         )
     return settings
