@@ -191,11 +191,12 @@ def module(result: Result) -> list[str]:
 
 def verify(result: Result) -> list[str]:
     return [
-        f"{result['bytes'] / 1e9:.2f} GB for 8 ranks, in the page cache; {result['rounds']} rounds.",
+        f"{result['bytes'] / 1e9:.2f} GB in one rank file, in the page cache; {result['rounds']} rounds. The loop is two threads, each of which reads 4 MiB and hashes it.",
         "",
-        *table(("", "seconds"), ((n, cell(s)) for n, s in result["seconds"].items())),
-        f"{result['ratio']} times as fast as the loop, {result['gbps']} GB/s.",
-        "",
+        *table(
+            ("", "seconds", "times as fast as the loop"),
+            ((n, cell(s), str(result["ratio"].get(n, ""))) for n, s in result["seconds"].items()),
+        ),
     ]
 
 

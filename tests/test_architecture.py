@@ -58,7 +58,8 @@ ORDER = [
 ]
 PURE = {
     "errors", "dtypes", "jsontext", "layout", "sharding", "header", "catalog", "digest", "plan",
-    "compose", "restore", "names", "manifest", "provenance", "parts", "coalesce", "plot",
+    "compose", "restore", "names", "manifest", "provenance", "parts", "coalesce",
+    "plot",
 }  # fmt: skip
 EFFECTS = {"os", "io", "socket", "threading", "mmap", "subprocess", "pathlib", "time", "random"}
 

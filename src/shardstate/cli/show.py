@@ -35,8 +35,8 @@ def _render(console: Console, command: str, arguments: Mapping[str, Any], report
         "shard": _shard,
         "load": _load,
         "verify": _verify,
-        "sign": _sign,
         "bench": _bench,
+        "sign": _sign,
         "list": _cache,
         "prune": _cache,
     }[command](console, arguments, report)
@@ -234,16 +234,6 @@ def _verify(console: Console, arguments: Mapping[str, Any], report: Report) -> N
     console.print(f"[bold]{path}[/bold]: {what} ({looked}; {_seconds(report, 'read')})")
 
 
-def _sign(console: Console, arguments: Mapping[str, Any], report: Report) -> None:
-    if report.problems:
-        _verify(console, arguments, report)
-        return
-    console.print(
-        f"[bold]{escape(str(arguments['path']))}[/bold]: signed by key {report.signed_by}"
-    )
-    console.print(f"digest {report.digest}")
-
-
 def _bench(console: Console, arguments: Mapping[str, Any], report: Report) -> None:
     console.print(
         f"[bold]{escape(str(arguments['path']))}[/bold]: {size(report.bytes)} in "
@@ -259,6 +249,16 @@ def _bench(console: Console, arguments: Mapping[str, Any], report: Report) -> No
             console.print()
             console.print(table)
     console.print()
+
+
+def _sign(console: Console, arguments: Mapping[str, Any], report: Report) -> None:
+    if report.problems:
+        _verify(console, arguments, report)
+        return
+    console.print(
+        f"[bold]{escape(str(arguments['path']))}[/bold]: signed by key {report.signed_by}"
+    )
+    console.print(f"digest {report.digest}")
 
 
 def _seconds(report: Report, phase: str) -> str:
