@@ -67,6 +67,8 @@ class _Run:
                 return None
             self.next += 1
             self.busy += 1
+            if self.next == len(self.reads):
+                self.free.notify_all()  # nothing is left for those who wait
             return self.reads[self.next - 1]
 
     def done(self, read: Read, cached: int) -> None:
@@ -78,7 +80,8 @@ class _Run:
             self.requests += read.file is not None
             self.touched += touched
             self.busy -= 1
-            self.free.notify_all()
+            # No more than can go on: each wakes up to a fight for the interpreter.
+            self.free.notify(max(1, self.reader.limit - self.busy))
 
     def stop(self, error: BaseException | None = None) -> None:
         """Let nobody take another read; the first error is kept."""
