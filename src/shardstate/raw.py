@@ -141,10 +141,11 @@ def resident(spans: Sequence[Span]) -> float | None:
 
 
 def drop(spans: Sequence[Span]) -> None:
-    """Ask the kernel to forget the files of `spans`; what is dirty or mapped stays."""
+    """Ask the kernel to forget the files of `spans`; what is mapped stays."""
     for path in {span.path for span in spans}:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
+            os.fsync(fd)  # what is dirty would stay
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
         finally:
             os.close(fd)
