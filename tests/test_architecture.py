@@ -96,7 +96,7 @@ def test_pure_modules_import_nothing_that_touches_the_world(own):
 
 
 def test_only_what_is_declared_is_imported():
-    declared = {"blake3", "click", "ml_dtypes", "msgspec", "numpy", "rich"}
+    declared = {"blake3", "click", "ml_dtypes", "msgspec", "numpy", "obstore", "rich"}
     requires = {
         r.split(">")[0].replace("-", "_")
         for r in metadata.requires("shardstate")
@@ -117,6 +117,7 @@ def test_only_what_is_declared_is_imported():
 
 def test_what_is_public():
     assert shardstate.__all__ == [
+        "Access",
         "Checkpoint",
         "Problem",
         "Report",

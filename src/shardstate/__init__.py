@@ -1,6 +1,6 @@
 """Gets the weights of large models into workers: sharded or ordinary, reading only their bytes."""
 
-from shardstate.api import inspect, load, open, plan, shard, verify  # noqa: A004
+from shardstate.api import Access, inspect, load, open, plan, shard, verify  # noqa: A004
 from shardstate.checkpoint import Checkpoint
 from shardstate.errors import ShardStateError
 from shardstate.report import Problem, Report
@@ -8,6 +8,7 @@ from shardstate.report import Problem, Report
 __version__ = "0.1.0"
 
 __all__ = [
+    "Access",
     "Checkpoint",
     "Problem",
     "Report",

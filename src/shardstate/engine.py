@@ -101,6 +101,7 @@ def execute(
         run.stopped.set()
         if not run.idle.is_set():
             target.stop()
+            storage.interrupt()
             with run.lock:
                 run.active -= sum(worker.ident is None for worker in workers)
             if run.active:
@@ -141,6 +142,7 @@ def _work(run: _Run, storage: Storage, target: Target) -> None:
     except BaseException as error:
         run.fail(error)
         target.stop()
+        storage.interrupt()
     finally:
         with run.lock:
             run.active -= 1

@@ -5,9 +5,12 @@ from shardstate.api.checking import verify
 from shardstate.api.loading import inspect, load, load_rank, plan
 from shardstate.api.planning import open_path as open  # noqa: A004
 from shardstate.api.writing import MAX_PART_SIZE, parse_size, shard
+from shardstate.storage import TIMEOUT_SECONDS, Access
 
 __all__ = [
     "MAX_PART_SIZE",
+    "TIMEOUT_SECONDS",
+    "Access",
     "cache_list",
     "cache_prune",
     "inspect",

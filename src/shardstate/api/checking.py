@@ -6,11 +6,9 @@ import os
 from collections.abc import Sequence
 
 from shardstate.api.planning import (
-    READ_THREADS,
     open_path,
     reads_of,
     sizes_of,
-    storage_at,
 )
 from shardstate.engine import Counters, Progress, execute
 from shardstate.errors import (
@@ -22,7 +20,7 @@ from shardstate.plan import (
     Plan,
 )
 from shardstate.report import Phases, Report
-from shardstate.storage import Storage
+from shardstate.storage import Access, Storage, storage_at
 from shardstate.targets import CompareTarget, DigestTarget
 from shardstate.verify import verify_set, verify_structure
 
@@ -35,6 +33,7 @@ def verify(
     ranks: Sequence[int] | None = None,
     pattern: str | None = None,
     threads: int | None = None,
+    access: Access | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Check a checkpoint and return all `problems`; none means that it is sound.
@@ -53,9 +52,11 @@ def verify(
         target: DigestTarget | CompareTarget,
         wanted: Sequence[frozenset[int]] | None,
     ) -> None:
-        workers = threads or READ_THREADS
+        workers = threads or storage.traits.read_threads
         counters = execute(
-            reads_of(plans, threads=workers, wanted=wanted),
+            reads_of(
+                plans, max_gap_bytes=storage.traits.max_gap_bytes, threads=workers, wanted=wanted
+            ),
             storage=storage,
             target=target,
             threads=workers,
@@ -65,12 +66,12 @@ def verify(
         compared = target.bytes_read if isinstance(target, CompareTarget) else 0
         figures.append((counters, compared))
 
-    storage, source = storage_at(path), None
+    storage, source = storage_at(path, access or Access()), None
     try:
         with phases("open"):
             names = storage.entries()
             is_set = MANIFEST in names or any(record_rank(name) is not None for name in names)
-            source = open_path(against) if against is not None else None
+            source = open_path(against, access=access) if against is not None else None
             if source is not None and source.catalog is None:
                 raise UsageError(f"{against}: is no ordinary checkpoint to compare with")
         with phases("read"):

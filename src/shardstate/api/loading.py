@@ -13,7 +13,6 @@ import numpy as np
 
 from shardstate.api.planners import Made, Request, by_rule, rank_plan, resolved_layout
 from shardstate.api.planning import (
-    READ_THREADS,
     RulesArgument,
     describe_checkpoint,
     extra_notes,
@@ -34,6 +33,7 @@ from shardstate.errors import (
     UsageError,
 )
 from shardstate.report import Phases, Problem, Report
+from shardstate.storage import Access
 from shardstate.targets import MemoryTarget, StoredDigests, allocate
 from shardstate.verify import block_problems
 
@@ -41,14 +41,18 @@ _log = logging.getLogger("shardstate")
 
 
 def inspect(
-    path: str | os.PathLike[str], *, tensors: bool = False, pattern: str | None = None
+    path: str | os.PathLike[str],
+    *,
+    tensors: bool = False,
+    pattern: str | None = None,
+    access: Access | None = None,
 ) -> Report:
     """Return what lies at `path`: kind, topology, sizes by dtype and rank, and its files.
 
     `tensors` adds `tensor_list`. Headers are read, weights are not.
     """
     phases = Phases()
-    with open_path(path, pattern=pattern) as checkpoint, phases("open"):
+    with open_path(path, pattern=pattern, access=access) as checkpoint, phases("open"):
         if checkpoint.catalog is not None:
             catalogs: dict[int | None, Catalog] = {None: checkpoint.catalog}
         else:
@@ -105,6 +109,7 @@ def plan(
     engine_args: Mapping[str, Any] | None = None,
     dtype: str = "keep",
     pattern: str | None = None,
+    access: Access | None = None,
 ) -> Report:
     """Return what loading `rank` would read and make, without reading a weight.
 
@@ -113,13 +118,17 @@ def plan(
     """
     phases = Phases()
     request = Request(tp=tp or 1, pp=pp, rules=rules, dtype=dtype, engine_args=engine_args)
-    with open_path(path, pattern=pattern) as checkpoint:
+    with open_path(path, pattern=pattern, access=access) as checkpoint:
         with phases("open"):
             report = describe_checkpoint(checkpoint)
         layout = resolved_layout(checkpoint, layout, request, phases)
         with phases("plan"):
             made = rank_plan(checkpoint, rank, tp=tp, layout=layout, request=request)
-            reads = reads_of([made.plan], threads=READ_THREADS)
+            storage = checkpoint.storage
+            threads = storage.traits.read_threads
+            reads = reads_of(
+                [made.plan], max_gap_bytes=storage.traits.max_gap_bytes, threads=threads
+            )
             write_planned(report, [made.plan], reads, checkpoint)
             _describe_made(report, made, rank, layout, checkpoint)
             report.by_rule = by_rule(made)
@@ -149,6 +158,7 @@ def load(
     pattern: str | None = None,
     verify: bool = False,
     map: bool = False,  # noqa: A002
+    access: Access | None = None,
 ) -> dict[str, np.ndarray]:
     """Return the tensors of one rank: {name: array}; ml_dtypes for bfloat16 and float8.
 
@@ -172,6 +182,7 @@ def load(
         pattern=pattern,
         verify=verify,
         map=map,
+        access=access,
     )[0]
 
 
@@ -189,13 +200,15 @@ def load_rank(
     verify: bool = False,
     map: bool = False,  # noqa: A002
     threads: int | None = None,
+    access: Access | None = None,
     progress: Progress | None = None,
 ) -> tuple[dict[str, np.ndarray], Report]:
     """Do what `load` does, and return the report as well."""
     request = Request(tp=tp or 1, pp=pp, rules=rules, dtype=dtype, engine_args=engine_args)
     with _damage_where(verify):
         phases = Phases()
-        with open_path(path, pattern=pattern) as checkpoint:
+        with open_path(path, pattern=pattern, access=access) as checkpoint:
+            workers = threads or checkpoint.storage.traits.read_threads
             with phases("open"):
                 report = describe_checkpoint(checkpoint)
                 if verify and checkpoint.kind != "shardstate":
@@ -211,7 +224,15 @@ def load_rank(
             layout = resolved_layout(checkpoint, layout, request, phases)
             with phases("plan"):
                 made = rank_plan(checkpoint, rank, tp=tp, layout=layout, request=request)
-                reads = [] if map else reads_of([made.plan], threads=threads or READ_THREADS)
+                reads = (
+                    []
+                    if map
+                    else reads_of(
+                        [made.plan],
+                        max_gap_bytes=checkpoint.storage.traits.max_gap_bytes,
+                        threads=workers,
+                    )
+                )
                 write_planned(report, [made.plan], reads, checkpoint)
                 _describe_made(report, made, rank, layout, checkpoint)
                 notes = extra_notes(checkpoint, rank)
@@ -228,7 +249,7 @@ def load_rank(
                     reads,
                     storage=checkpoint.storage,
                     target=target,
-                    threads=threads or READ_THREADS,
+                    threads=workers,
                     progress=progress,
                     fills_memory=True,
                 )

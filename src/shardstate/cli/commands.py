@@ -6,7 +6,7 @@ import functools
 import json
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import click
@@ -53,8 +53,32 @@ def _common(command: Callable[..., Report]) -> Callable[..., int]:
     @click.option(
         "--threads", type=click.IntRange(1, 1024), help="Threads that read or write at once."
     )
+    @click.option(
+        "--timeout",
+        type=click.FloatRange(min=0.1),
+        default=api.TIMEOUT_SECONDS,
+        metavar="S",
+        show_default=True,
+        help="Seconds without a byte from a store until it is an error.",
+    )
+    @click.option(
+        "--store-option",
+        "store_options",
+        multiple=True,
+        metavar="K=V",
+        callback=lambda _context, _option, values: _options(values),
+        help="Option of an object store, such as endpoint=URL; repeatable.",
+    )
     @functools.wraps(command)
-    def wrapped(as_json: bool, quiet: bool, debug: bool, **arguments: Any) -> int:
+    def wrapped(
+        as_json: bool,
+        quiet: bool,
+        debug: bool,
+        timeout: float,
+        store_options: dict[str, str],
+        **arguments: Any,
+    ) -> int:
+        arguments["access"] = api.Access(timeout=timeout, options=store_options)
         level = logging.DEBUG if debug else logging.ERROR if quiet else logging.WARNING
         logging.basicConfig(stream=sys.stderr, level=level, format="%(message)s", force=True)
         with progress_bar(enabled=not quiet) as progress:
@@ -70,6 +94,17 @@ def _common(command: Callable[..., Report]) -> Callable[..., int]:
         return 1 if report.problems else 0
 
     return wrapped
+
+
+def _options(values: Sequence[str]) -> dict[str, str]:
+    """Return the options of stores; errors do not show their values, which may be secrets."""
+    found = {}
+    for text in values:
+        key, equals, value = text.partition("=")
+        if not key or not equals:
+            raise click.BadParameter("expected KEY=VALUE")
+        found[key] = value
+    return found
 
 
 def _engine_arguments(text: str | None) -> dict[str, Any] | None:

@@ -1,6 +1,27 @@
-"""Storages: bytes by name and range. Today: a local directory."""
+"""Storages: bytes by name and range, in a local directory, an object store or behind https."""
 
-from shardstate.storage.base import Entry, Output, Storage, Writable
+from shardstate.storage.base import Entry, Output, Storage, Traits, Writable
 from shardstate.storage.local import LocalStorage
+from shardstate.storage.locate import (
+    TIMEOUT_SECONDS,
+    Access,
+    is_address,
+    location_of,
+    storage_at,
+    writable_at,
+)
 
-__all__ = ["Entry", "LocalStorage", "Output", "Storage", "Writable"]
+__all__ = [
+    "TIMEOUT_SECONDS",
+    "Access",
+    "Entry",
+    "LocalStorage",
+    "Output",
+    "Storage",
+    "Traits",
+    "Writable",
+    "is_address",
+    "location_of",
+    "storage_at",
+    "writable_at",
+]

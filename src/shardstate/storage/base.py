@@ -23,10 +23,21 @@ class Entry:
     identity: tuple[int | str, ...]  # local: size, mtime in ns, inode
 
 
+@dataclass(frozen=True, slots=True)
+class Traits:
+    """What a storage is good at. Measured: see `docs/benchmarks.md`."""
+
+    read_threads: int  # that it serves best at once
+    write_threads: int
+    max_gap_bytes: int  # reading over this costs less than another request
+    remote: bool  # whether a cache in front of it makes sense
+
+
 class Storage(Protocol):
     """Read side. All methods may be called from several threads."""
 
     location: str  # for messages and manifests: absolute, without credentials
+    traits: Traits
 
     def entries(self) -> dict[str, Entry]:
         """Return the regular files directly below the root; a link to one counts as one."""
@@ -58,6 +69,10 @@ class Storage(Protocol):
         """Return a file as writable bytes that never reach it; `UsageError` where none can be."""
         ...
 
+    def interrupt(self) -> None:
+        """Let calls that wait give up, from now on: another thread failed."""
+        ...
+
     def close(self) -> None:
         """Release what was opened."""
         ...
@@ -67,7 +82,14 @@ class Output(Protocol):
     """A file being written; nobody sees it before `publish`."""
 
     def write(self, begin: int, views: Sequence[memoryview]) -> None:
-        """Write `views`, one after the other, from byte `begin` on. From any thread."""
+        """Write `views`, one after the other, from byte `begin` on. From any thread.
+
+        Each byte once. Who is far ahead of the first byte that is missing may have to wait for it.
+        """
+        ...
+
+    def stop(self) -> None:
+        """Another thread failed: let those who wait in `write` give up."""
         ...
 
     def publish(self) -> None:
@@ -109,6 +131,7 @@ class Writable(Storage, Protocol):
     def lock(self, name: str | None = None) -> AbstractContextManager[None]:
         """Exclude other writers while the context is open; `TargetBusy` if there is one.
 
-        With `name`, exclude only who holds the lock on everything, and who holds that name.
+        Object stores have no lock, and exclude nobody. With `name`, exclude only who holds the
+        lock on everything, and who holds that name.
         """
         ...

@@ -23,7 +23,7 @@ import numpy as np
 
 from shardstate.errors import InputError, PathNotFound, StorageError, TargetBusy, TruncatedFile
 from shardstate.names import temporary_name
-from shardstate.storage.base import Entry
+from shardstate.storage.base import Entry, Traits
 
 _log = logging.getLogger("shardstate")
 
@@ -63,6 +63,9 @@ def mapped_errors(operation: str, path: str, *, name: str | None = None) -> Iter
 
 class LocalStorage:
     """Files of one directory; `create=True` makes it, and its parents, where it is missing."""
+
+    # Two threads reach what a disk gives through the page cache; writing adds hashing and fsync.
+    traits = Traits(read_threads=2, write_threads=4, max_gap_bytes=256 << 10, remote=False)
 
     def __init__(self, path: str | os.PathLike[str], *, create: bool = False) -> None:
         self.location = os.path.abspath(os.fspath(path))
@@ -153,6 +156,9 @@ class LocalStorage:
             return np.empty(0, dtype=np.uint8)
         with mapped_errors("map", self._path(name), name=name):
             return np.frombuffer(mmap.mmap(fd, 0, access=mmap.ACCESS_COPY), dtype=np.uint8)
+
+    def interrupt(self) -> None:
+        pass  # no call waits for long
 
     def close(self) -> None:
         with self._lock:
@@ -323,6 +329,9 @@ class LocalOutput:
         before, self._written = self._written, self._written + at - begin
         if before // _WRITEBACK_BYTES != self._written // _WRITEBACK_BYTES:
             _start_writeback(self._fd)
+
+    def stop(self) -> None:
+        pass  # nobody waits
 
     def publish(self) -> None:
         storage = self._storage

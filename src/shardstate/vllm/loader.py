@@ -19,13 +19,12 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.model_loader.weight_utils import download_weights_from_hf
 
 from shardstate.api.loading import log_loaded
-from shardstate.api.planning import READ_THREADS, storage_at
 from shardstate.checkpoint import Checkpoint, find_parts, open_checkpoint
 from shardstate.engine import Progress
 from shardstate.errors import DamageError, InputError, ShardStateError, UsageError
 from shardstate.names import MANIFEST, record_rank
 from shardstate.report import Phases, Report
-from shardstate.storage import LocalStorage
+from shardstate.storage import Access, LocalStorage, Storage, storage_at
 from shardstate.torch.loading import load_place
 from shardstate.torch.recorder import Recorder
 from shardstate.torch.saving import save_model
@@ -90,7 +89,7 @@ class ShardedStateLoader(BaseModelLoader):
         config = get_current_vllm_config()
         phases = Phases()
         folder = self._folder(model_config)
-        storage = storage_at(folder)
+        storage = storage_at(folder, Access())
         try:
             if _is_set(storage, self.settings.pattern):
                 checkpoint = open_checkpoint(storage, pattern=self.settings.pattern)
@@ -112,7 +111,7 @@ class ShardedStateLoader(BaseModelLoader):
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield the checkpoint's tensors, with bytes: for reloading weights in place."""
         folder = self._folder(model_config)
-        with storage_at(folder) as storage:
+        with closing(storage_at(folder, Access())) as storage:
             is_set = _is_set(storage, self.settings.pattern)
             if not is_set:
                 at_source = self._at_source(model_config)
@@ -280,7 +279,7 @@ class ShardedStateLoader(BaseModelLoader):
 
     @property
     def _threads(self) -> int:
-        return self.settings.threads or READ_THREADS
+        return self.settings.threads or LocalStorage.traits.read_threads
 
     def _default(self) -> DefaultModelLoader:
         """Return vLLM's own loader for the same configuration."""
@@ -318,7 +317,7 @@ class ShardedStateLoader(BaseModelLoader):
         )
 
 
-def _is_set(storage: LocalStorage, pattern: str | None) -> bool:
+def _is_set(storage: Storage, pattern: str | None) -> bool:
     names = storage.entries()
     if MANIFEST in names or any(record_rank(name) is not None for name in names):
         return True

@@ -27,7 +27,6 @@ from vllm.model_executor.models.registry import ModelRegistry
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 from shardstate.api.planners import Made, Request
-from shardstate.api.planning import READ_THREADS
 from shardstate.checkpoint import Checkpoint
 from shardstate.digest import digest_of
 from shardstate.errors import InputError, ShardStateError, UsageError
@@ -111,12 +110,14 @@ class VllmPlanner:
         model_config = self._config.model_config
         default = DefaultModelLoader(LoadConfig(load_format="auto", use_tqdm_on_load=False))
         assert self._checkpoint.catalog is not None
-        nothing = Weights(self._checkpoint.storage, self._checkpoint.catalog, [], READ_THREADS)
+        stored = self._checkpoint.storage
+        threads = stored.traits.read_threads
+        nothing = Weights(stored, self._checkpoint.catalog, [], threads)
         recorder = Recorder(nothing.catalog, nothing.read, offline=True)
         with recorder, set_default_torch_dtype(model_config.dtype), torch.device("cpu"):
             model = initialize_model(self._config)
         check_recordable(model, model_config)
-        weights = ordinary_weights(default, model, model_config, threads=READ_THREADS)
+        weights = ordinary_weights(default, model, model_config, threads=threads)
         with closing(weights.storage):
             recorder.redirect(weights.catalog, weights.read)
             with recorder:

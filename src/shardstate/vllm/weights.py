@@ -61,7 +61,7 @@ class Weights:
         if self.first is not None:
             plan = compose_plans(self.first, plan)
         counters = execute(
-            reads_of([plan], threads=self.threads),
+            reads_of([plan], max_gap_bytes=self.storage.traits.max_gap_bytes, threads=self.threads),
             storage=self.storage,
             target=target,
             threads=self.threads,

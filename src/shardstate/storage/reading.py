@@ -1,0 +1,185 @@
+"""Ranged reads from an object store, straight into memory, of one version of each object."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from shardstate.errors import InputError, PathNotFound, ShardStateError, TruncatedFile
+from shardstate.storage.base import Entry
+from shardstate.storage.clients import Address, Limits, connect, endpoint_of
+from shardstate.storage.faults import SlowAnswer
+from shardstate.storage.tries import Health, Tries
+
+if TYPE_CHECKING:
+    from obstore import GetOptions
+
+# What the client hands over at a time: large enough to cost nothing, small enough that a broken
+# answer loses little and that memory is threads × this.
+_CHUNK_BYTES = 256 << 10
+_STALL_SHARE, _TRY_SHARE = 0.25, 0.4  # of the time-out, for one try: without a byte, and in all
+
+
+class ObjectReader:
+    """Objects of one folder of a store. All methods may be called from several threads.
+
+    With `pinned`, the version of an object that is seen first is the one that is read to the end:
+    every request names its ETag, every answer is compared with it, and another one is an error.
+    """
+
+    def __init__(
+        self, address: Address, options: Mapping[str, str], *, timeout: float, pinned: bool
+    ) -> None:
+        self.address = address
+        self.health = Health()
+        self.timeout = timeout
+        self._pinned = pinned
+        self._endpoint = endpoint_of(address, options)
+        self._lock = threading.Lock()
+        self._known: dict[str, Entry] = {}
+        self._idle = max(0.05, _STALL_SHARE * timeout)
+        self._try = max(0.1, _TRY_SHARE * timeout)
+        self.client = connect(address, options, Limits(self._idle, self._try, 0))
+
+    def where(self, name: str = "") -> str:
+        """Return the address of an object, and its server, for messages."""
+        path = f"{self.address.url}/{name}" if name else self.address.url
+        return path if self._endpoint in path else f"{path} at {self._endpoint}"
+
+    def tries(self, what: str, name: str | None) -> Tries:
+        """Return the tries of an operation on an object, or on the folder."""
+        return Tries(
+            self.health,
+            what=what,
+            where=self.where(name or ""),
+            name=name,
+            timeout=self.timeout,
+        )
+
+    def learn(self, entry: Entry) -> None:
+        """Take note of what is there: where versions are pinned, the first one counts."""
+        with self._lock:
+            self._known.setdefault(entry.name, entry)
+
+    def forget(self, name: str) -> None:
+        """Drop what is known of an object: it was replaced or removed from here."""
+        with self._lock:
+            self._known.pop(name, None)
+
+    def entry(self, name: str) -> Entry:
+        """Return size and identity of an object."""
+        with self._lock:
+            known = self._known.get(name) if self._pinned else None
+        if known is not None:
+            return known
+        import obstore
+
+        tries = self.tries("look at it", name)
+        while True:
+            tries.begin()
+            try:
+                found = entry_of(obstore.head(self.client, name), name)
+                break
+            except Exception as error:
+                tries.failed(error)
+        tries.advance()
+        self.learn(found)
+        return found
+
+    def read(self, name: str, *, limit: int) -> bytes:
+        """Return a whole small object."""
+        entry = self.entry(name)
+        if entry.nbytes > limit:
+            raise InputError(
+                f"{self.where(name)}: has {entry.nbytes} bytes, more than the {limit} that a file "
+                f"of this kind may have",
+                file=name,
+            )
+        data = bytearray(entry.nbytes)
+        self.read_into(name, 0, [memoryview(data)])
+        return bytes(data)
+
+    def read_into(self, name: str, begin: int, views: Sequence[memoryview]) -> None:
+        """Fill `views` with the object's bytes from `begin` on; a broken answer is taken up."""
+        goals = [view.cast("B") for view in views if view.nbytes]
+        total = sum(len(view) for view in goals)
+        if not total:
+            return
+        entry = self.entry(name)
+        if begin + total > entry.nbytes:
+            at = max(begin, entry.nbytes)
+            raise TruncatedFile(
+                f"{self.where(name)}: {name}: ends at byte {entry.nbytes}, {begin + total - at} "
+                f"more were planned; it was truncated: fetch it again",
+                file=name,
+            )
+        filled = 0
+        tries = self.tries(f"read bytes [{begin}, {begin + total})", name)
+        while filled < total:
+            tries.begin()
+            try:
+                for chunk in self._chunks(entry, begin + filled, begin + total):
+                    filled += place(goals, filled, chunk)
+                    tries.advance()
+                if filled < total:
+                    raise ConnectionError("Interrupted")
+            except Exception as error:
+                if tries.seconds > 0.95 * self._try and not isinstance(error, ShardStateError):
+                    error = SlowAnswer(f"fewer than {_CHUNK_BYTES} bytes in {self._try:.3g} s")
+                tries.failed(self._told(error, entry))
+
+    def _chunks(self, entry: Entry, begin: int, end: int) -> Iterator[Any]:
+        import obstore
+
+        options: GetOptions = {"range": (begin, end)}
+        etag = str(entry.identity[0])
+        if etag and not etag.startswith("W/"):  # a weak one never matches
+            options["if_match"] = f'"{etag}"'
+        answer = obstore.get(self.client, entry.name, options=options)
+        found = entry_of(answer.meta, entry.name)
+        if found.nbytes != entry.nbytes or (
+            found.identity != entry.identity and (found.identity[0] or not etag)
+        ):
+            raise self._changed(entry.name)
+        yield from answer.stream(min_chunk_size=_CHUNK_BYTES)
+
+    def _told(self, error: Exception, entry: Entry) -> Exception:
+        """Return what to say of a failure: an object that was there and is gone was replaced."""
+        gone = isinstance(error, FileNotFoundError) and not isinstance(error, PathNotFound)
+        if gone and self._pinned:
+            return self._changed(entry.name)
+        return error
+
+    def _changed(self, name: str) -> InputError:
+        return InputError(
+            f"{self.where(name)}: changed since it was opened: it is being replaced, or was; read "
+            f"it again when that is done",
+            file=name,
+        )
+
+
+def entry_of(meta: Mapping[str, Any], name: str) -> Entry:
+    """Return what an object's metadata say. The ETag comes first: it names the version."""
+    # Listings of Azure have it without quotes, answers with them.
+    etag = (meta["e_tag"] or "").strip('"')
+    changed = etag or meta["last_modified"].isoformat(timespec="seconds")
+    return Entry(name, meta["size"], (etag, meta["size"], changed))
+
+
+def place(goals: Sequence[memoryview], at: int, chunk: Any) -> int:
+    """Copy `chunk` to position `at` of the views, taken as one; return its size."""
+    data = memoryview(chunk).cast("B")
+    size = done = len(data)
+    for goal in goals:
+        if at >= len(goal):
+            at -= len(goal)
+            continue
+        part = data[: len(goal) - at]
+        goal[at : at + len(part)] = part
+        data, at = data[len(part) :], 0
+        if not len(data):
+            return size
+    if len(data):
+        raise ConnectionError("Interrupted")  # more than was asked for
+    return done
