@@ -4,7 +4,14 @@ import obstore
 import obstore.exceptions
 import pytest
 
-from shardstate.errors import InputError, PathNotFound, ShardStateError, StorageError, UsageError
+from shardstate.errors import (
+    InputError,
+    PathNotFound,
+    ShardStateError,
+    StorageError,
+    Unreachable,
+    UsageError,
+)
 from shardstate.storage.faults import EXCEPTIONS, diagnose, error_of
 
 FOREIGN = {
@@ -81,7 +88,7 @@ def test_each_cause_has_its_own_text(text, kind, cause):
         ("changed", InputError),
         ("usage", UsageError),
         ("refused", StorageError),
-        ("failed", StorageError),
+        ("failed", Unreachable),
     ],
 )
 def test_kinds_of_faults_are_kinds_of_errors(kind, expected):

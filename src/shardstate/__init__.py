@@ -1,6 +1,6 @@
 """Gets the weights of large models into workers: sharded or ordinary, reading only their bytes."""
 
-from shardstate.api import Access, inspect, load, open, plan, shard, verify  # noqa: A004
+from shardstate.api import Access, copy, inspect, load, open, plan, shard, verify  # noqa: A004
 from shardstate.checkpoint import Checkpoint
 from shardstate.errors import ShardStateError
 from shardstate.report import Problem, Report
@@ -14,6 +14,7 @@ __all__ = [
     "Report",
     "ShardStateError",
     "__version__",
+    "copy",
     "inspect",
     "load",
     "open",

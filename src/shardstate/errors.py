@@ -19,7 +19,8 @@
     │   └── TargetError             the place to write to holds something else
     ├── DamageError (ValueError)    bytes differ from their recorded digests
     └── StorageError (OSError)      permission, disk full, I/O, network
-        └── TargetBusy              another process is writing there
+        ├── TargetBusy              another process is writing there
+        └── Unreachable             a store failed for too long; later it may work
 
 `file` and `tensor` name what the error is about, where it is about one.
 Errors survive pickling, so that they can cross from a worker process to its parent.
@@ -145,6 +146,10 @@ class StorageError(ShardStateError, OSError):
     """The storage refused or failed: permission, disk full, I/O."""
 
     kind = "storage"
+
+
+class Unreachable(StorageError):
+    """A store did not answer, broke off or was overloaded for too long; later it may work."""
 
 
 class TargetBusy(StorageError):

@@ -20,8 +20,8 @@ class Proxy:
 
     None lets it pass. "503" and "429" answer so; "cut" ends the answer's body half-way, "corrupt"
     flips a byte of it, "reset" closes at once, "hang" never answers, "stall" stops half-way,
-    "trickle" sends a byte at a time; "skewed" says that
-    the clock is wrong.
+    "lost" does what is asked and never says so, "trickle" sends a byte at a time, and
+    "skewed" says that the clock is wrong.
     """
 
     target: int
@@ -102,6 +102,8 @@ class Proxy:
                 found = found.replace(b"\r\n\r\nContent-Length", b"\r\nContent-Length")
             else:
                 content = answer.read(_length(found))
+        if fate == "lost":
+            return False
         with self._lock:
             self.body_bytes += len(content)
         half = len(content) // 2

@@ -2,6 +2,7 @@
 
 from shardstate.api.caching import cache_list, cache_prune
 from shardstate.api.checking import verify
+from shardstate.api.copying import copy
 from shardstate.api.loading import inspect, load, load_rank, plan
 from shardstate.api.planning import open_path as open  # noqa: A004
 from shardstate.api.writing import MAX_PART_SIZE, parse_size, shard
@@ -13,6 +14,7 @@ __all__ = [
     "Access",
     "cache_list",
     "cache_prune",
+    "copy",
     "inspect",
     "load",
     "load_rank",

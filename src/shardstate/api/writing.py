@@ -116,7 +116,7 @@ def shard(
                 rules_digest=planner.rules_digest,
             )
             template = check_pattern(info.pattern, planner.topology)
-            chosen = _chosen(ranks, planner.topology)
+            chosen = chosen_ranks(ranks, planner.topology)
             made = {rank: planner.made(rank) for rank in chosen}
             parts = {
                 rank: plan_parts(
@@ -170,7 +170,7 @@ def shard(
     return phases.finish(report, main="write")
 
 
-def _chosen(ranks: Sequence[int] | None, topology: Topology) -> tuple[int, ...]:
+def chosen_ranks(ranks: Sequence[int] | None, topology: Topology) -> tuple[int, ...]:
     """Return the ranks that are to be written; None are all."""
     chosen = tuple(range(topology.world)) if ranks is None else tuple(sorted(set(ranks)))
     if not chosen:

@@ -248,6 +248,18 @@ def verify(path: str, **arguments: Any) -> Report:
     return api.verify(path, **arguments)
 
 
+@cli.command()
+@_path("src")
+@_path("dst")
+@click.option("--ranks", type=_ranks, metavar="R,…", help="Bring these ranks only: 0,3 or 0-3.")
+@click.option("--force", is_flag=True, help="Replace another set that is there.")
+@_pattern
+@_common
+def copy(src: str, dst: str, **arguments: Any) -> Report:
+    """Copy SRC to DST, verified on the way; what is there and matches is left alone."""
+    return api.copy(src, dst, **arguments)
+
+
 @cli.group()
 def cache() -> None:
     """Look after the directory that the vLLM loader keeps shards in (`cache` in its config)."""

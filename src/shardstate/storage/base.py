@@ -69,8 +69,8 @@ class Storage(Protocol):
         """Return a file as writable bytes that never reach it; `UsageError` where none can be."""
         ...
 
-    def interrupt(self) -> None:
-        """Let calls that wait give up, from now on: another thread failed."""
+    def interrupt(self, on: bool = True) -> None:
+        """Let calls that wait give up, since another thread failed; with `on` False no more."""
         ...
 
     def close(self) -> None:

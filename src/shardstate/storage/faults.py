@@ -9,7 +9,14 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from shardstate.errors import InputError, PathNotFound, ShardStateError, StorageError, UsageError
+from shardstate.errors import (
+    InputError,
+    PathNotFound,
+    ShardStateError,
+    StorageError,
+    Unreachable,
+    UsageError,
+)
 
 
 class SlowAnswer(Exception):
@@ -189,5 +196,7 @@ def error_of(fault: Fault, *, what: str, where: str, name: str | None) -> ShardS
             )
         case "usage":
             return UsageError(f"{message}; {fault.advice}")
+        case "failed":
+            return Unreachable(f"{message}; {fault.advice}", file=name)
         case _:
             return StorageError(f"{message}; {fault.advice}", file=name)

@@ -157,7 +157,7 @@ class LocalStorage:
         with mapped_errors("map", self._path(name), name=name):
             return np.frombuffer(mmap.mmap(fd, 0, access=mmap.ACCESS_COPY), dtype=np.uint8)
 
-    def interrupt(self) -> None:
+    def interrupt(self, on: bool = True) -> None:
         pass  # no call waits for long
 
     def close(self) -> None:

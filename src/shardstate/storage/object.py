@@ -90,8 +90,8 @@ class ObjectStorage:
             f"{self.location}: only files on a local disk can be mapped; leave map out"
         )
 
-    def interrupt(self) -> None:
-        self._reader.health.stopped.set()
+    def interrupt(self, on: bool = True) -> None:
+        self._reader.health.interrupt(on)
 
     def close(self) -> None:
         self.interrupt()

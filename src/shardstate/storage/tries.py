@@ -24,6 +24,13 @@ class Health:
         self.answered = False  # whether it ever did
         self.stopped = threading.Event()
 
+    def interrupt(self, on: bool) -> None:
+        """Let those who wait give up, or no more."""
+        if on:
+            self.stopped.set()
+        else:
+            self.stopped.clear()
+
 
 class Tries:
     """The tries of one operation. After each failure, `failed` waits, or raises the one error.

@@ -44,6 +44,13 @@ class Uploads:
         """Return an output of exactly `nbytes` bytes."""
         return ObjectOutput(self, name, nbytes)
 
+    def identity(self, name: str) -> object:
+        """Return what changes when an object does; None where there is none."""
+        try:
+            return self.reader.entry(name).identity
+        except PathNotFound:
+            return None
+
     def put(self, name: str, data: bytes | memoryview) -> None:
         """Write a small object; repeating it changes nothing, so failures are repeated."""
         import obstore
@@ -95,6 +102,7 @@ class ObjectOutput:
         self._parts: queue.Queue[bytes | None] = queue.Queue(1)
         self._thread: threading.Thread | None = None  # of an upload in parts
         self._done = False
+        self._before: object = None  # identity of the object that is replaced
 
     def write(self, begin: int, views: Sequence[memoryview]) -> None:
         size = sum(view.nbytes for view in views)
@@ -171,6 +179,7 @@ class ObjectOutput:
                 yield part
 
         try:
+            self._before = self._uploads.identity(self._name)
             obstore.put(
                 self._uploads.client,
                 self._name,
@@ -199,10 +208,18 @@ class ObjectOutput:
                 self._send(bytes(self._filling))
             self._send(None)
             self._thread.join()
-            if self._error is not None:
+            if self._error is not None and not self._arrived():
                 self._raise()
         self._filling = bytearray()
         self._done = True
+
+    def _arrived(self) -> bool:
+        """Whether the object is there although the answer that said so got lost."""
+        try:
+            found = self._uploads.reader.entry(self._name)
+        except (PathNotFound, StorageError):
+            return False
+        return found.nbytes == self._nbytes and found.identity != self._before
 
     def stop(self) -> None:
         with self._changed:

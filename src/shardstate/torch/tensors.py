@@ -139,7 +139,7 @@ class TensorStorage:
     def map(self, name: str) -> np.ndarray:
         raise UsageError(f"{name}: lies in memory already")
 
-    def interrupt(self) -> None:
+    def interrupt(self, on: bool = True) -> None:
         pass
 
     def close(self) -> None:
