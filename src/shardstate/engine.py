@@ -8,6 +8,7 @@ thread. With a few workers these overlap, and memory is workers × one read.
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -79,6 +80,11 @@ def execute(
     """
     run = _Run(reads)
     total = sum(read.nbytes for read in reads)
+    expected: Counter[str] = Counter()
+    for read in reads:
+        if read.file is not None:
+            expected[read.file] += read.nbytes
+    storage.expect(expected)
     workers = [
         threading.Thread(
             target=_work, args=(run, storage, target), name=f"shardstate-{i}", daemon=True

@@ -48,6 +48,7 @@ from shardstate.storage import (
     Writable,
     is_address,
     location_of,
+    revision_of,
     writable_at,
 )
 from shardstate.targets import FilesTarget
@@ -107,7 +108,9 @@ def shard(
         layout = resolved_layout(checkpoint, layout, request, phases)
         with phases("plan"):
             planner = planner_of(checkpoint, layout, request)
-            source = Source(checkpoint.location, None, checkpoint.fingerprint())
+            source = Source(
+                checkpoint.location, revision_of(checkpoint.storage), checkpoint.fingerprint()
+            )
             info = msgspec.structs.replace(planner.info, source=source)
             identifier = set_id(
                 info=info,

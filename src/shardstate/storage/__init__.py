@@ -7,6 +7,7 @@ from shardstate.storage.locate import (
     Access,
     is_address,
     location_of,
+    revision_of,
     storage_at,
     writable_at,
 )
@@ -22,6 +23,7 @@ __all__ = [
     "Writable",
     "is_address",
     "location_of",
+    "revision_of",
     "storage_at",
     "writable_at",
 ]

@@ -6,7 +6,7 @@ come out as `StorageError`, what it holds as `InputError`; no foreign exception 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
@@ -67,6 +67,10 @@ class Storage(Protocol):
 
     def map(self, name: str) -> np.ndarray:
         """Return a file as writable bytes that never reach it; `UsageError` where none can be."""
+        ...
+
+    def expect(self, files: Mapping[str, int]) -> None:
+        """Prepare for reading about so many bytes of each file."""
         ...
 
     def interrupt(self, on: bool = True) -> None:

@@ -43,6 +43,7 @@ class Address:
     bucket: str  # or container; for https the host
     prefix: str  # without slashes at its ends
     login: str = field(default="", repr=False)  # user:password of an https address
+    headers: tuple[tuple[str, str], ...] = field(default=(), repr=False)  # of each request
 
     @property
     def url(self) -> str:
@@ -172,8 +173,10 @@ def connect(address: Address, options: Mapping[str, str], limits: Limits) -> Any
                     raise UsageError(
                         f"{address.url}: knows no --store-option {', '.join(sorted(settings))}"
                     )
+                headers = dict(address.headers)
                 if address.login:
-                    client["default_headers"] = {"authorization": basic(address.login)}
+                    headers["authorization"] = basic(address.login)
+                client["default_headers"] = headers
                 return stores.HTTPStore(address.url, **common)
     except UsageError:
         raise

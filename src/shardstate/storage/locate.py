@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from shardstate.errors import InputError, PathNotFound, UsageError
 from shardstate.storage.base import Storage, Writable
 from shardstate.storage.clients import parse_address
+from shardstate.storage.hub import HubStorage, is_hub_id, parse_hub_id
 from shardstate.storage.local import LocalStorage
 from shardstate.storage.object import ObjectStorage
 from shardstate.storage.web import WebStorage
@@ -23,6 +24,8 @@ class Access:
 
     timeout: float = TIMEOUT_SECONDS  # seconds without a byte until it is an error
     options: Mapping[str, str] = field(default_factory=dict, repr=False)  # may be secrets
+    hub_cache: str | None = None  # None: where huggingface_hub has its own
+    ignore_patterns: tuple[str, ...] = ()  # files of a hub repository that are not seen
 
 
 def is_address(path: str | os.PathLike[str]) -> bool:
@@ -33,6 +36,8 @@ def is_address(path: str | os.PathLike[str]) -> bool:
 def storage_at(path: str | os.PathLike[str], access: Access) -> Storage:
     """Return the storage at `path`, to be read. Errors say what is wrong with the path."""
     text = os.fspath(path)
+    if text.startswith("hf://"):
+        return _hub(text, access)
     if is_address(text):
         address = parse_address(text)
         if address.scheme in ("https", "http"):
@@ -40,12 +45,28 @@ def storage_at(path: str | os.PathLike[str], access: Access) -> Storage:
         return ObjectStorage(address, access.options, timeout=access.timeout)
     _check_given(text)
     if not os.path.lexists(text):
+        if is_hub_id(text):
+            return _hub(text, access)
         raise PathNotFound(f"{text}: there is no such directory; check the path", file=text)
     if not os.path.isdir(text):
         raise InputError(
             f"{text}: is no directory; give the directory that holds the checkpoint", file=text
         )
     return LocalStorage(text)
+
+
+def _hub(text: str, access: Access) -> HubStorage:
+    found = parse_hub_id(text)
+    if found is None:
+        raise UsageError(f"{text}: expected hf://org/name, or hf://org/name@revision")
+    return HubStorage(
+        *found, timeout=access.timeout, cache=access.hub_cache, ignored=access.ignore_patterns
+    )
+
+
+def revision_of(storage: Storage) -> str | None:
+    """Return the commit that a storage of the hub holds; None for any other."""
+    return storage.revision if isinstance(storage, HubStorage) else None
 
 
 def writable_at(path: str | os.PathLike[str], access: Access, *, outputs: int) -> Writable:
@@ -57,6 +78,8 @@ def writable_at(path: str | os.PathLike[str], access: Access, *, outputs: int) -
     _check_given(text)
     if not is_address(text):
         return LocalStorage(text, create=True)
+    if text.startswith("hf://"):
+        raise UsageError(f"{text}: can only be read; write to a directory, s3://, gs:// or az://")
     address = parse_address(text)
     if address.scheme in ("https", "http"):
         raise UsageError(f"{address.url}: can only be read; write to s3://, gs:// or az://")
@@ -72,4 +95,6 @@ def location_of(path: str | os.PathLike[str]) -> str:
     """Return the location of a path: absolute, without credentials."""
     text = os.fspath(path)
     _check_given(text)
+    if text.startswith("hf://"):
+        return text
     return parse_address(text).url if is_address(text) else os.path.abspath(text)

@@ -90,6 +90,9 @@ class ObjectStorage:
             f"{self.location}: only files on a local disk can be mapped; leave map out"
         )
 
+    def expect(self, files: Mapping[str, int]) -> None:
+        pass
+
     def interrupt(self, on: bool = True) -> None:
         self._reader.health.interrupt(on)
 

@@ -26,15 +26,22 @@ class ObjectReader:
 
     With `pinned`, the version of an object that is seen first is the one that is read to the end:
     every request names its ETag, every answer is compared with it, and another one is an error.
+    What is `immutable` at its address needs none of that.
     """
 
     def __init__(
-        self, address: Address, options: Mapping[str, str], *, timeout: float, pinned: bool
+        self,
+        address: Address,
+        options: Mapping[str, str],
+        *,
+        timeout: float,
+        pinned: bool,
+        immutable: bool = False,
     ) -> None:
         self.address = address
         self.health = Health()
         self.timeout = timeout
-        self._pinned = pinned
+        self._pinned, self._immutable = pinned, immutable
         self._endpoint = endpoint_of(address, options)
         self._lock = threading.Lock()
         self._known: dict[str, Entry] = {}
@@ -134,13 +141,12 @@ class ObjectReader:
 
         options: GetOptions = {"range": (begin, end)}
         etag = str(entry.identity[0])
-        if etag and not etag.startswith("W/"):  # a weak one never matches
+        if etag and not self._immutable and not etag.startswith("W/"):  # a weak one never matches
             options["if_match"] = f'"{etag}"'
         answer = obstore.get(self.client, entry.name, options=options)
         found = entry_of(answer.meta, entry.name)
-        if found.nbytes != entry.nbytes or (
-            found.identity != entry.identity and (found.identity[0] or not etag)
-        ):
+        other = found.identity != entry.identity and bool(found.identity[0] or not etag)
+        if found.nbytes != entry.nbytes or (other and not self._immutable):
             raise self._changed(entry.name)
         yield from answer.stream(min_chunk_size=_CHUNK_BYTES)
 

@@ -139,6 +139,9 @@ class TensorStorage:
     def map(self, name: str) -> np.ndarray:
         raise UsageError(f"{name}: lies in memory already")
 
+    def expect(self, files: Mapping[str, int]) -> None:
+        pass
+
     def interrupt(self, on: bool = True) -> None:
         pass
 
