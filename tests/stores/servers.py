@@ -29,6 +29,11 @@ ACCOUNT_KEY = (
 )
 
 
+def _program(name: str) -> str:
+    """Return a program that pip installed, here or (WEED) elsewhere."""
+    return os.environ.get(name.upper()) or str(Path(sys.executable).parent / name)
+
+
 def free_port(*, pair: bool = False) -> int:
     """Return a port that nobody listens on; with `pair`, 10000 above it as well."""
     for _ in range(200):
@@ -92,7 +97,7 @@ class SeaweedFS:
         data.mkdir(exist_ok=True)
         log = self.folder / "log"
         command = [
-            str(Path(sys.executable).parent / "weed"), "server", f"-dir={data}", "-ip=127.0.0.1",
+            _program("weed"), "server", f"-dir={data}", "-ip=127.0.0.1",
             f"-master.port={self._others[0]}", f"-volume.port={self._others[1]}",
             f"-filer.port={self.filer}", f"-filer.localSocket={self.folder}/f.sock",
             "-s3", f"-s3.port={self.port}", f"-s3.config={config}", "-s3.port.iceberg=0",

@@ -379,3 +379,16 @@ def test_verify_finds_damage_in_a_store(s3, on_disk, access, folder, tmp_path, c
     assert [(p["file"], p["kind"]) for p in report["problems"]] == [
         ("model-rank-2-part-0.safetensors", "digest")
     ]
+
+
+def test_a_cache_serves_the_second_load(s3, on_disk, access, folder, tmp_path):
+    upload(s3, on_disk, folder)
+    with proxy(s3.port) as between:
+        options = access.options | {"endpoint": between.endpoint}
+        there = Access(timeout=10, options=options, cache=str(tmp_path / "cache"))
+        url = f"s3://bucket/{folder}"
+        expected = shardstate.load(url, rank=0, verify=True, access=there)
+        between.body_bytes = 0
+        found = shardstate.load(url, rank=0, verify=True, access=there)
+        assert between.body_bytes < 64 << 10  # the listing
+    same_arrays(found, expected)

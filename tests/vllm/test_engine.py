@@ -21,7 +21,12 @@ def start(path, load_format, *, tp=2, extra=None, env=None):
         capture_output=True,
         text=True,
         timeout=300,
-        env={**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", **(env or {})},
+        env={
+            **os.environ,
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_LOGGING_LEVEL": "INFO",  # as by default; other tests here set it to ERROR
+            **(env or {}),
+        },
         check=False,
     )
     log = found.stdout + found.stderr

@@ -8,7 +8,10 @@ from shardstate.api.planning import open_path as open  # noqa: A004
 from shardstate.api.writing import MAX_PART_SIZE, parse_size, shard
 from shardstate.storage import TIMEOUT_SECONDS, Access
 
+CACHE_SIZE = "100GB"  # `Access` has it in bytes
+
 __all__ = [
+    "CACHE_SIZE",
     "MAX_PART_SIZE",
     "TIMEOUT_SECONDS",
     "Access",

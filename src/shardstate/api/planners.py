@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import logging
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -76,6 +78,29 @@ def _has_vllm() -> bool:
     return found is not None and found.origin is not None
 
 
+@contextmanager
+def quiet_vllm() -> Iterator[None]:
+    """Let vLLM log errors only, to stderr, if it is imported or configured in this context.
+
+    What the environment says of its log stays, and so does the environment: an engine that this
+    process starts afterwards logs as ever.
+    """
+    quiet = {"VLLM_LOGGING_STREAM": "ext://sys.stderr", "VLLM_LOGGING_LEVEL": "ERROR"}
+    added = {key: value for key, value in quiet.items() if key not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for key in added:
+            del os.environ[key]
+
+
+def _import(planner: str) -> Any:
+    """Import the module of "module:function"."""
+    with quiet_vllm():
+        return importlib.import_module(planner.partition(":")[0])
+
+
 def _resolve(checkpoint: Checkpoint, layout: str, request: Request) -> str:
     """Return the layout that `layout` means: auto is vllm where vLLM knows the architecture."""
     if layout not in ("auto", *PLANNERS):
@@ -89,7 +114,7 @@ def _resolve(checkpoint: Checkpoint, layout: str, request: Request) -> str:
             return "vllm"  # which says that vLLM is missing
         return "rules"
     try:
-        known = importlib.import_module("shardstate.vllm.offline").knows(checkpoint)
+        known = _import(PLANNERS["vllm"]).knows(checkpoint)
     except ImportError as error:
         _log.warning("shardstate: layout rules, because vLLM cannot be imported: %s", error)
         return "rules"
@@ -110,12 +135,11 @@ def resolved_layout(checkpoint: Checkpoint, layout: str, request: Request, phase
 
 def load_planner(layout: str) -> Callable[[Checkpoint, Request], Planner]:
     """Import and return the planner of a layout that is resolved."""
-    module, _, name = PLANNERS[layout].partition(":")
     if layout == "vllm" and not _has_vllm():
         raise UsageError("layout vllm: needs vLLM, which is not installed here (shardstate[vllm])")
-    return cast(
-        "Callable[[Checkpoint, Request], Planner]", getattr(importlib.import_module(module), name)
-    )
+    planner = PLANNERS[layout]
+    found = getattr(_import(planner), planner.partition(":")[2])
+    return cast("Callable[[Checkpoint, Request], Planner]", found)
 
 
 def planner_of(checkpoint: Checkpoint, layout: str, request: Request) -> Planner:

@@ -69,6 +69,19 @@ def _common(command: Callable[..., Report]) -> Callable[..., int]:
         callback=lambda _context, _option, values: _options(values),
         help="Option of an object store, such as endpoint=URL; repeatable.",
     )
+    @click.option(
+        "--cache",
+        "cache_dir",
+        metavar="DIR",
+        help="Keep what is read from elsewhere in DIR, for the next time.",
+    )
+    @click.option(
+        "--cache-size",
+        metavar="SIZE",
+        default=api.CACHE_SIZE,
+        show_default=True,
+        help="What that DIR may hold: bytes, 100GB, 100GiB.",
+    )
     @functools.wraps(command)
     def wrapped(
         as_json: bool,
@@ -76,9 +89,16 @@ def _common(command: Callable[..., Report]) -> Callable[..., int]:
         debug: bool,
         timeout: float,
         store_options: dict[str, str],
+        cache_dir: str | None,
+        cache_size: str,
         **arguments: Any,
     ) -> int:
-        arguments["access"] = api.Access(timeout=timeout, options=store_options)
+        arguments["access"] = api.Access(
+            timeout=timeout,
+            options=store_options,
+            cache=cache_dir,
+            cache_bytes=api.parse_size(cache_size),
+        )
         level = logging.DEBUG if debug else logging.ERROR if quiet else logging.WARNING
         logging.basicConfig(stream=sys.stderr, level=level, format="%(message)s", force=True)
         with progress_bar(enabled=not quiet) as progress:

@@ -1,6 +1,7 @@
 """Storages: bytes by name and range, in a local directory, an object store or behind https."""
 
 from shardstate.storage.base import Entry, Output, Storage, Traits, Writable
+from shardstate.storage.hub import HubStorage
 from shardstate.storage.local import LocalStorage
 from shardstate.storage.locate import (
     TIMEOUT_SECONDS,
@@ -16,6 +17,7 @@ __all__ = [
     "TIMEOUT_SECONDS",
     "Access",
     "Entry",
+    "HubStorage",
     "LocalStorage",
     "Output",
     "Storage",

@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 
@@ -27,6 +28,7 @@ from shardstate.errors import (
     UsageError,
 )
 from shardstate.storage.base import Entry
+from shardstate.storage.cached import RangeCache, cache_key
 from shardstate.storage.clients import Address
 from shardstate.storage.local import LocalStorage, mapped_errors
 from shardstate.storage.object import OBJECT_TRAITS
@@ -69,12 +71,14 @@ class HubStorage:
         timeout: float,
         cache: str | None,
         ignored: Sequence[str],
+        ranges: RangeCache | None,
     ) -> None:
         if importlib.util.find_spec("huggingface_hub") is None:
             raise UsageError(
                 f"hf://{repository}: needs huggingface_hub: pip install 'shardstate[hub]'"
             )
         self._repository, self._cache, self._timeout = repository, cache, timeout
+        self._kept = ranges  # what keeps ranges of files that are not fetched whole
         self._lock = threading.Lock()
         self.location = f"hf://{repository}"
         self._asked = revision or "main"
@@ -172,12 +176,15 @@ class HubStorage:
         return self._fetched(name).read(name, limit=limit)
 
     def read_into(self, name: str, begin: int, views: Sequence[memoryview]) -> None:
-        self._entry(name)
+        entry = self._entry(name)
         here = self._snapshot(name)
         if here is not None:
             here.read_into(name, begin, views)
-        else:
+        elif self._kept is None or begin + sum(v.nbytes for v in views) > entry.nbytes:
             self._reader().read_into(name, begin, views)
+        else:
+            key = cache_key(self.location, entry)
+            self._kept.read_into(key, begin, views, partial(self._reader().read_into, name))
 
     def expect(self, files: Mapping[str, int]) -> None:
         """Fetch files of which nearly all is about to be read."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from shardstate.errors import InputError, PathNotFound, UsageError
 from shardstate.storage.base import Storage, Writable
+from shardstate.storage.cached import CachedStorage, RangeCache
 from shardstate.storage.clients import parse_address
 from shardstate.storage.hub import HubStorage, is_hub_id, parse_hub_id
 from shardstate.storage.local import LocalStorage
@@ -16,6 +17,7 @@ from shardstate.storage.object import ObjectStorage
 from shardstate.storage.web import WebStorage
 
 TIMEOUT_SECONDS = 60.0
+CACHE_BYTES = 100_000_000_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,6 +26,8 @@ class Access:
 
     timeout: float = TIMEOUT_SECONDS  # seconds without a byte until it is an error
     options: Mapping[str, str] = field(default_factory=dict, repr=False)  # may be secrets
+    cache: str | None = None  # a directory that keeps what was read from elsewhere
+    cache_bytes: int = CACHE_BYTES  # that it holds, at most about
     hub_cache: str | None = None  # None: where huggingface_hub has its own
     ignore_patterns: tuple[str, ...] = ()  # files of a hub repository that are not seen
 
@@ -40,9 +44,10 @@ def storage_at(path: str | os.PathLike[str], access: Access) -> Storage:
         return _hub(text, access)
     if is_address(text):
         address = parse_address(text)
-        if address.scheme in ("https", "http"):
-            return WebStorage(address, access.options, timeout=access.timeout)
-        return ObjectStorage(address, access.options, timeout=access.timeout)
+        kind = WebStorage if address.scheme in ("https", "http") else ObjectStorage
+        found = kind(address, access.options, timeout=access.timeout)
+        cache = _cache(access)
+        return found if cache is None else CachedStorage(found, cache)
     _check_given(text)
     if not os.path.lexists(text):
         if is_hub_id(text):
@@ -60,8 +65,18 @@ def _hub(text: str, access: Access) -> HubStorage:
     if found is None:
         raise UsageError(f"{text}: expected hf://org/name, or hf://org/name@revision")
     return HubStorage(
-        *found, timeout=access.timeout, cache=access.hub_cache, ignored=access.ignore_patterns
+        *found,
+        timeout=access.timeout,
+        cache=access.hub_cache,
+        ignored=access.ignore_patterns,
+        ranges=_cache(access),
     )
+
+
+def _cache(access: Access) -> RangeCache | None:
+    if access.cache is None:
+        return None
+    return RangeCache(access.cache, max_bytes=access.cache_bytes)
 
 
 def revision_of(storage: Storage) -> str | None:

@@ -109,8 +109,8 @@ class ObjectReader:
 
     def read_into(self, name: str, begin: int, views: Sequence[memoryview]) -> None:
         """Fill `views` with the object's bytes from `begin` on; a broken answer is taken up."""
-        goals = [view.cast("B") for view in views if view.nbytes]
-        total = sum(len(view) for view in goals)
+        goals = _Goals(views)
+        total = goals.nbytes
         if not total:
             return
         entry = self.entry(name)
@@ -121,15 +121,14 @@ class ObjectReader:
                 f"more were planned; it was truncated: fetch it again",
                 file=name,
             )
-        filled = 0
         tries = self.tries(f"read bytes [{begin}, {begin + total})", name)
-        while filled < total:
+        while goals.filled < total:
             tries.begin()
             try:
-                for chunk in self._chunks(entry, begin + filled, begin + total):
-                    filled += place(goals, filled, chunk)
+                for chunk in self._chunks(entry, begin + goals.filled, begin + total):
+                    goals.take(chunk)
                     tries.advance()
-                if filled < total:
+                if goals.filled < total:
                     raise ConnectionError("Interrupted")
             except Exception as error:
                 if tries.seconds > 0.95 * self._try and not isinstance(error, ShardStateError):
@@ -173,19 +172,26 @@ def entry_of(meta: Mapping[str, Any], name: str) -> Entry:
     return Entry(name, meta["size"], (etag, meta["size"], changed))
 
 
-def place(goals: Sequence[memoryview], at: int, chunk: Any) -> int:
-    """Copy `chunk` to position `at` of the views, taken as one; return its size."""
-    data = memoryview(chunk).cast("B")
-    size = done = len(data)
-    for goal in goals:
-        if at >= len(goal):
-            at -= len(goal)
-            continue
-        part = data[: len(goal) - at]
-        goal[at : at + len(part)] = part
-        data, at = data[len(part) :], 0
-        if not len(data):
-            return size
-    if len(data):
-        raise ConnectionError("Interrupted")  # more than was asked for
-    return done
+class _Goals:
+    """Memory that is filled from its first byte to its last, piece by piece."""
+
+    def __init__(self, views: Sequence[memoryview]) -> None:
+        self._views = [view.cast("B") for view in views if view.nbytes]
+        self.nbytes = sum(len(view) for view in self._views)
+        self.filled = 0
+        self._number = self._at = 0  # of the view that comes next, and what of it is filled
+
+    def take(self, chunk: Any) -> None:
+        """Fill what follows with `chunk`."""
+        data = memoryview(chunk).cast("B")
+        if len(data) > self.nbytes - self.filled:
+            raise ConnectionError("Interrupted")  # more than was asked for
+        self.filled += len(data)
+        while len(data):
+            view = self._views[self._number]
+            part = data[: len(view) - self._at]
+            view[self._at : self._at + len(part)] = part
+            self._at += len(part)
+            data = data[len(part) :]
+            if self._at == len(view):
+                self._number, self._at = self._number + 1, 0

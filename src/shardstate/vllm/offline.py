@@ -7,14 +7,9 @@ what that does is the plan.
 from __future__ import annotations
 
 import gc
-import os
 from collections.abc import Mapping
-from contextlib import closing
+from contextlib import closing, nullcontext
 from typing import Any, cast
-
-# vLLM logs to stdout unless told otherwise, and says much; what it is told elsewhere stays.
-os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 import msgspec
 import torch
@@ -26,7 +21,7 @@ from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.model_executor.models.registry import ModelRegistry
 from vllm.utils.torch_utils import set_default_torch_dtype
 
-from shardstate.api.planners import Made, Request
+from shardstate.api.planners import Made, Request, quiet_vllm
 from shardstate.checkpoint import Checkpoint
 from shardstate.digest import digest_of
 from shardstate.errors import InputError, ShardStateError, UsageError
@@ -37,12 +32,13 @@ from shardstate.torch.recorder import LITERAL_BYTES, Recorder
 from shardstate.vllm.facts import DTYPES, describe_engine
 from shardstate.vllm.parallel import as_worker, check_expressible, topology_of
 from shardstate.vllm.recording import Registrations
+from shardstate.vllm.remote import local_configuration
 from shardstate.vllm.weights import (
     Unrecordable,
     Weights,
     check_recordable,
-    ordinary_weights,
     track,
+    weights_of,
 )
 
 # What the command line says in another way, and what decides no layout.
@@ -66,8 +62,10 @@ class VllmPlanner:
             raise UsageError("layout vllm: vLLM's own code shares the tensors; leave the rules out")
         self._checkpoint = checkpoint
         arguments = dict(request.engine_args or {})
+        # vLLM reads configurations from directories only.
+        self._folder = local_configuration(checkpoint.storage)
         self._config = _config_of(
-            checkpoint.location, request.tp, request.pp, request.dtype, arguments
+            self._folder.name, request.tp, request.pp, request.dtype, arguments
         )
         check_expressible(self._config)
         self.topology = topology_of(self._config)
@@ -117,8 +115,8 @@ class VllmPlanner:
         with recorder, set_default_torch_dtype(model_config.dtype), torch.device("cpu"):
             model = initialize_model(self._config)
         check_recordable(model, model_config)
-        weights = ordinary_weights(default, model, model_config, threads=threads)
-        with closing(weights.storage):
+        weights = weights_of(stored, default, model, model_config, threads=threads)
+        with closing(weights.storage) if weights.storage is not stored else nullcontext():
             recorder.redirect(weights.catalog, weights.read)
             with recorder:
                 loaded = cast(Any, model).load_weights(weights.offer(recorder))
@@ -158,7 +156,8 @@ def _config_of(
             dtype=DTYPES.get(dtype, "auto"),  # type: ignore[arg-type]
             **given,
         )
-        return args.create_engine_config()
+        with quiet_vllm():
+            return args.create_engine_config()
     except Exception as error:
         text = " ".join(str(error).split())
         raise InputError(f"{location}: vLLM cannot serve it that way: {text}") from error

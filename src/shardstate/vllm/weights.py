@@ -16,7 +16,7 @@ from vllm.model_executor.model_loader.weight_utils import filter_safetensors_fil
 
 from shardstate.api.planning import reads_of
 from shardstate.catalog import Catalog, catalog_of
-from shardstate.checkpoint import Checkpoint, read_header, refuse_unlisted
+from shardstate.checkpoint import Checkpoint, ordinary_files, read_header, refuse_unlisted
 from shardstate.compose import compose_plans
 from shardstate.engine import Progress, execute
 from shardstate.errors import CatalogError, SetError, ShardStateError
@@ -123,6 +123,61 @@ def ordinary_weights(
     experts = default.local_expert_ids
     rows = [row for row in _order(catalog) if not should_skip_weight(catalog.names[row], experts)]
     return Weights(storage, catalog, rows, threads)
+
+
+def remote_weights(
+    storage: Storage,
+    default: DefaultModelLoader,
+    model: torch.nn.Module,
+    model_config: ModelConfig,
+    *,
+    threads: int,
+) -> Weights:
+    """Return the weights of an ordinary checkpoint that no directory holds.
+
+    The files are those that vLLM would choose: what the index names, else all safetensors files.
+    Raises `Unrecordable` where there are none.
+    """
+    default._init_ep_weight_filter(model_config)
+    names = storage.entries()
+    safetensors = [name for name in names if name.endswith(".safetensors")]
+    if not safetensors:
+        others = sorted(name for name in names if name.endswith((".bin", ".pt", ".pth")))
+        raise Unrecordable(f"{others[0] if others else 'nothing there'} is no safetensors file")
+    headers = []
+    for name in ordinary_files(storage, names).files:
+        size, header, _ = read_header(storage, name)
+        refuse_unlisted(name, header)
+        headers.append((name, size, header))
+    try:
+        catalog = catalog_of(headers, weight_map=None)
+    except CatalogError as error:
+        raise Unrecordable(str(error)) from None
+    experts = default.local_expert_ids
+    unused = getattr(model, "is_unused_checkpoint_weight", None) or (lambda _name: False)
+    rows = [
+        row
+        for row in _order(catalog)
+        if not should_skip_weight(catalog.names[row], experts) and not unused(catalog.names[row])
+    ]
+    return Weights(storage, catalog, rows, threads)
+
+
+def weights_of(
+    storage: Storage,
+    default: DefaultModelLoader,
+    model: torch.nn.Module,
+    model_config: ModelConfig,
+    *,
+    threads: int,
+) -> Weights:
+    """Return the weights of the ordinary checkpoint in `storage`, as vLLM would choose them.
+
+    Of a directory, which `model_config` names, with a storage of their own.
+    """
+    if isinstance(storage, LocalStorage):
+        return ordinary_weights(default, model, model_config, threads=threads)
+    return remote_weights(storage, default, model, model_config, threads=threads)
 
 
 def restored_weights(checkpoint: Checkpoint, *, prefer: int, threads: int) -> Weights:

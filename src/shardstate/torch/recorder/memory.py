@@ -92,9 +92,26 @@ class Memory:
         cannot be composed with what was written.
         """
         strides = strides_of(geometry.size)
+        if (whole := self._whole(geometry, strides)) is not None:
+            return whole
         made = list(self.view(geometry, Geometry(geometry.size, strides, 0, geometry.dtype)))
         known = sum(each.move.size * DTYPES[each.dest_dtype].itemsize for each in made)
         return made if known == geometry.numel * geometry.dtype.itemsize else None
+
+    def _whole(self, geometry: Geometry, strides: tuple[int, ...]) -> list[Copy] | None:
+        """Return the entries as they are, where they make just this view; None: compose them."""
+        if self.row is not None or geometry.offset or geometry.stride != strides:
+            return None
+        self.resolve()
+        entries, unit = self.past + self.log, unit_of(geometry.dtype)
+        numel = geometry.numel * geometry.dtype.itemsize // DTYPES[unit].itemsize
+        if (
+            any(entry.dest_dtype != unit for entry in entries)
+            or sum(entry.move.size for entry in entries) != numel
+            or any(entry.move.dest_region.end > numel for entry in entries)
+        ):
+            return None
+        return entries
 
     def view(self, source: Geometry, goal: Geometry) -> Iterator[Copy]:
         """Yield the copies that take a view of this memory to `goal` in another one."""
