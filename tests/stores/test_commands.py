@@ -392,3 +392,11 @@ def test_a_cache_serves_the_second_load(s3, on_disk, access, folder, tmp_path):
         found = shardstate.load(url, rank=0, verify=True, access=there)
         assert between.body_bytes < 64 << 10  # the listing
     same_arrays(found, expected)
+
+
+@pytest.mark.parametrize(("delay", "threads"), [(0.0, {8, 16}), (0.05, {32})])
+def test_a_store_that_is_far_away_is_asked_for_more_at_once(s3, stored, access, delay, threads):
+    with proxy(s3.port, lambda _head, _number: time.sleep(delay)) as between:
+        there = Access(timeout=10, options=access.options | {"endpoint": between.endpoint})
+        with shardstate.open(stored, access=there) as checkpoint:
+            assert checkpoint.storage.traits.read_threads in threads

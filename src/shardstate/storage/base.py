@@ -37,7 +37,11 @@ class Storage(Protocol):
     """Read side. All methods may be called from several threads."""
 
     location: str  # for messages and manifests: absolute, without credentials
-    traits: Traits
+
+    @property
+    def traits(self) -> Traits:
+        """What it is good at, as far as is known by now."""
+        ...
 
     def entries(self) -> dict[str, Entry]:
         """Return the regular files directly below the root; a link to one counts as one."""

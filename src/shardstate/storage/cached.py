@@ -20,7 +20,7 @@ from blake3 import blake3
 from shardstate.digest import digest_of
 from shardstate.errors import InputError
 from shardstate.names import OURS
-from shardstate.storage.base import Entry, Storage
+from shardstate.storage.base import Entry, Storage, Traits
 from shardstate.storage.local import mapped_errors
 
 _log = logging.getLogger("shardstate")
@@ -153,10 +153,14 @@ class CachedStorage:
     """A remote storage behind a cache; what is listed is what the storage lists."""
 
     def __init__(self, storage: Storage, cache: RangeCache) -> None:
-        self.location, self.traits = storage.location, storage.traits
+        self.location = storage.location
         self._storage, self._cache = storage, cache
         self._lock = threading.Lock()
         self._keys: dict[str, str] = {}
+
+    @property
+    def traits(self) -> Traits:
+        return self._storage.traits
 
     def entries(self) -> dict[str, Entry]:
         return self._storage.entries()

@@ -115,7 +115,7 @@ _TRACES: tuple[tuple[str, str, str, bool], ...] = (
     (r"TimedOut|kind: Timeout", "no answer in time", _SERVER, True),
     (r"Parse\(|InvalidHeader", "the answer is no valid HTTP", _SERVER, True),
     (
-        r"NotPartial|NoContentRange",
+        r"NotPartial|NoContentRange|RangeNotSupported",
         "the server ignores byte ranges",
         "serve the files with a server that answers range requests",
         False,

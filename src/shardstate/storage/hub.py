@@ -31,8 +31,7 @@ from shardstate.storage.base import Entry
 from shardstate.storage.cached import RangeCache, cache_key
 from shardstate.storage.clients import Address
 from shardstate.storage.local import LocalStorage, mapped_errors
-from shardstate.storage.object import OBJECT_TRAITS
-from shardstate.storage.reading import ObjectReader
+from shardstate.storage.reading import FAR, ObjectReader
 
 _log = logging.getLogger("shardstate")
 
@@ -61,7 +60,7 @@ def is_hub_id(text: str) -> bool:
 class HubStorage:
     """Files of one commit of a repository, to be read only."""
 
-    traits = OBJECT_TRAITS
+    traits = FAR  # a hub is
 
     def __init__(
         self,

@@ -14,9 +14,6 @@ from shardstate.storage.clients import Address, Limits, connect
 from shardstate.storage.reading import ObjectReader, entry_of
 from shardstate.storage.uploads import ObjectOutput, Uploads
 
-# Eight requests at once were fastest on two cores; a store that is far away wants more.
-OBJECT_TRAITS = Traits(read_threads=16, write_threads=8, max_gap_bytes=1 << 20, remote=True)
-
 
 class ObjectStorage:
     """Objects under one address; names are what follows it.
@@ -24,8 +21,6 @@ class ObjectStorage:
     To be read (`outputs` 0), or to be written as well: then `outputs` says how many are written at
     the same time, and versions are not pinned, since others may write beside.
     """
-
-    traits = OBJECT_TRAITS
 
     def __init__(
         self, address: Address, options: Mapping[str, str], *, timeout: float, outputs: int = 0
@@ -38,6 +33,10 @@ class ObjectStorage:
             limits = Limits(None, max(timeout, 1.0), max(timeout, 1.0))
             client = connect(address, options, limits)
             self._uploads = Uploads(client, self._reader, outputs=outputs)
+
+    @property
+    def traits(self) -> Traits:
+        return self._reader.traits
 
     def entries(self) -> dict[str, Entry]:
         import obstore
@@ -64,6 +63,7 @@ class ObjectStorage:
             try:
                 found = call()
                 tries.advance()
+                self._reader.took(tries.seconds)
                 return [meta for meta in found if meta["path"]]  # "" marks the folder itself
             except Exception as error:
                 tries.failed(error)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from shardstate.errors import InputError, PathNotFound, ShardStateError, TruncatedFile
-from shardstate.storage.base import Entry
+from shardstate.storage.base import Entry, Traits
 from shardstate.storage.clients import Address, Limits, connect, endpoint_of
 from shardstate.storage.faults import SlowAnswer
 from shardstate.storage.tries import Health, Tries
@@ -15,9 +15,17 @@ from shardstate.storage.tries import Health, Tries
 if TYPE_CHECKING:
     from obstore import GetOptions
 
+# By how long a small request takes, seconds; measured, see `docs/benchmarks.md`. In the time of a
+# request a store that is far away sends much, so that reading over gaps is cheaper there.
+NEAR = Traits(read_threads=8, write_threads=8, max_gap_bytes=256 << 10, remote=True)
+MIDDLE = Traits(read_threads=16, write_threads=8, max_gap_bytes=1 << 20, remote=True)
+FAR = Traits(read_threads=32, write_threads=8, max_gap_bytes=2 << 20, remote=True)
+_NEAR_SECONDS, _FAR_SECONDS = 0.008, 0.025
+
 # What the client hands over at a time: large enough to cost nothing, small enough that a broken
 # answer loses little and that memory is threads × this.
 _CHUNK_BYTES = 256 << 10
+_SMALL_BYTES = 64 << 10  # what costs little beside the request itself
 _STALL_SHARE, _TRY_SHARE = 0.25, 0.4  # of the time-out, for one try: without a byte, and in all
 
 
@@ -40,6 +48,7 @@ class ObjectReader:
     ) -> None:
         self.address = address
         self.health = Health()
+        self._latency: float | None = None  # seconds of the fastest small request
         self.timeout = timeout
         self._pinned, self._immutable = pinned, immutable
         self._endpoint = endpoint_of(address, options)
@@ -48,6 +57,17 @@ class ObjectReader:
         self._idle = max(0.05, _STALL_SHARE * timeout)
         self._try = max(0.1, _TRY_SHARE * timeout)
         self.client = connect(address, options, Limits(self._idle, self._try, 0))
+
+    def took(self, seconds: float) -> None:
+        """Note how long a small request took."""
+        self._latency = min(self._latency or seconds, seconds)
+
+    @property
+    def traits(self) -> Traits:
+        """What the store is good at, by its fastest answer to a small request so far."""
+        if self._latency is None or _NEAR_SECONDS <= self._latency < _FAR_SECONDS:
+            return MIDDLE
+        return NEAR if self._latency < _NEAR_SECONDS else FAR
 
     def where(self, name: str = "") -> str:
         """Return the address of an object, and its server, for messages."""
@@ -90,6 +110,7 @@ class ObjectReader:
                 break
             except Exception as error:
                 tries.failed(error)
+        self.took(tries.seconds)
         tries.advance()
         self.learn(found)
         return found
@@ -128,6 +149,8 @@ class ObjectReader:
                 for chunk in self._chunks(entry, begin + goals.filled, begin + total):
                     goals.take(chunk)
                     tries.advance()
+                if tries.number == 1 and total <= _SMALL_BYTES:
+                    self.took(tries.seconds)
                 if goals.filled < total:
                     raise ConnectionError("Interrupted")
             except Exception as error:

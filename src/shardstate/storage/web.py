@@ -14,9 +14,8 @@ import numpy as np
 
 from shardstate.errors import PathNotFound, UsageError
 from shardstate.names import CONFIG, MANIFEST, SIGNATURE, record_name
-from shardstate.storage.base import Entry
+from shardstate.storage.base import Entry, Traits
 from shardstate.storage.clients import Address
-from shardstate.storage.object import OBJECT_TRAITS
 from shardstate.storage.reading import ObjectReader
 
 _log = logging.getLogger("shardstate")
@@ -29,12 +28,14 @@ _MAX_JSON_BYTES = 256 << 20
 class WebStorage:
     """Files under one address of a web server, to be read only."""
 
-    traits = OBJECT_TRAITS
-
     def __init__(self, address: Address, options: Mapping[str, str], *, timeout: float) -> None:
         self.location = address.url
         self._reader = ObjectReader(address, options, timeout=timeout, pinned=True)
         self._named: dict[str, Entry] | None = None  # by what the folder's own files say
+
+    @property
+    def traits(self) -> Traits:
+        return self._reader.traits
 
     def entries(self) -> dict[str, Entry]:
         return {name: entry for name, entry in self._all().items() if "/" not in name}
