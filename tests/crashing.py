@@ -1,4 +1,4 @@
-"""Runs `shardstate` in children that die, as by kill -9, just before their k-th change of the disk.
+"""Runs `shardstate` in children that kill -9 themselves before their k-th write, fsync or rename.
 
 As a script it is a server of forks: one line of JSON with a request in, one with the child's
 status out. A process that did nothing but import is forked in milliseconds.
@@ -8,14 +8,20 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-DIED = 77
-_CHANGES = ("rename", "unlink", "mkdir", "truncate", "ftruncate", "pwritev", "write", "rmdir")
+DIED = -signal.SIGKILL
+# Every call that changes a disk, or waits for it; `tests/fuzz/kill.py` finds them by strace.
+CHANGES = (
+    "rename", "replace", "link", "symlink", "unlink", "remove", "mkdir", "rmdir",
+    "truncate", "ftruncate", "posix_fallocate", "pwrite", "pwritev", "write", "writev", "sendfile",
+    "copy_file_range", "fsync", "fdatasync", "utime", "chmod", "fchmod",
+)  # fmt: skip
 
 
 class Server:
@@ -43,7 +49,8 @@ def crash_server() -> Iterator[Server]:
         yield Server(process)
 
 
-def _die_at(number: int) -> None:
+def die_at(number: int) -> None:
+    """Let this process kill itself before its `number`-th change of a disk, counted from 1."""
     count = 0
 
     def counted(name: str, original):
@@ -53,12 +60,12 @@ def _die_at(number: int) -> None:
             if creates:
                 count += 1
                 if count == number:
-                    os._exit(DIED)
+                    os.kill(os.getpid(), signal.SIGKILL)
             return original(*args, **kwargs)
 
         return call
 
-    for name in (*_CHANGES, "open"):
+    for name in (*CHANGES, "open"):
         setattr(os, name, counted(name, getattr(os, name)))
 
 
@@ -72,7 +79,7 @@ def _serve() -> None:
             null = os.open(os.devnull, os.O_RDWR)
             os.dup2(null, 1)
             os.dup2(null, 2)
-            _die_at(request["die_at"])
+            die_at(request["die_at"])
             os._exit(run(request["arguments"]))
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 

@@ -531,7 +531,11 @@ class TestDamagedSources:
             ({"a": {"dtype": "F99", "shape": [2], "data_offsets": [0, 8]}}, b"x" * 8, "F99"),
             ({"a": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}}, b"x" * 8, "takes 12"),
             ({"a": {"dtype": "F32", "shape": [-2], "data_offsets": [0, 8]}}, b"x" * 8, "a"),
-            ({"a": {"dtype": "F32", "shape": [2**62, 4], "data_offsets": [0, 0]}}, b"", "takes"),
+            (
+                {"a": {"dtype": "F32", "shape": [2**62, 4], "data_offsets": [0, 0]}},
+                b"",
+                "overflows",
+            ),
             ({"a": {"dtype": "F32", "shape": [2**70], "data_offsets": [0, 0]}}, b"", "a"),
             ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [8, 0]}}, b"x" * 8, "a"),
             ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [4, 12]}}, b"x" * 12, "gap"),

@@ -133,14 +133,14 @@ class TestTheSameInputGivesTheSameBytes:
 
 class TestACrash:
     def test_before_any_change_leaves_nothing_that_loads_wrong(
-        self, source, clean, crashes, tmp_path
+        self, source, clean, crashes, memory_path
     ):
         want = {rank: rank_tensors(clean[2], rank) for rank in range(2)}
         done = tree(clean[2])
         command = ["--tp", 2, "--max-part-size", PART, "--threads", 1, "--quiet"]
         states = set()
         for k in range(1, 1000):
-            out = tmp_path / "set"
+            out = memory_path / "set"
             status = crashes.run(["shard", source, out, *command], die_at=k)
             assert status in (0, DIED)
             left = tree(out) if out.exists() else {}
@@ -160,16 +160,16 @@ class TestACrash:
 
     @pytest.mark.parametrize("tp", [1, 2, 4])
     def test_while_another_set_is_replaced_never_mixes_the_two(
-        self, tp, source, other_source, clean, crashes, tmp_path
+        self, tp, source, other_source, clean, crashes, memory_path
     ):
-        new, old = tmp_path / "new", tmp_path / "old"
+        new, old = memory_path / "new", memory_path / "old"
         shardstate.shard(source, new, tp=2)
         shardstate.shard(other_source, old, tp=tp)
         want = [
             [rank_tensors(path, rank) for path, size in ((old, tp), (new, 2)) if rank < size]
             for rank in range(max(tp, 2))
         ]
-        done, out = tree(new), tmp_path / "set"
+        done, out = tree(new), memory_path / "set"
         command = ["--tp", 2, "--force", "--threads", 1, "--quiet"]
         for k in range(1, 1000):
             shutil.copytree(old, out)
@@ -191,9 +191,9 @@ class TestACrash:
         assert status == 0
 
     def test_of_one_of_several_writers_is_made_good_by_its_next_run(
-        self, source, clean, crashes, tmp_path
+        self, source, clean, crashes, memory_path
     ):
-        begun, out = tmp_path / "begun", tmp_path / "set"
+        begun, out = memory_path / "begun", memory_path / "set"
         shardstate.shard(source, begun, tp=4, max_part_size=PART, ranks=[0, 1, 3])
         before = tree(begun)
         more = ["--tp", 4, "--max-part-size", PART, "--ranks", 2, "--threads", 1, "--quiet"]

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from math import prod
 from typing import Any
 
@@ -290,3 +291,34 @@ def test_padding_of_the_header_is_space() -> None:
     blob = serialise_header([], metadata={}, align=64)
     assert blob[PREFIX_BYTES:] == b'{"__metadata__":{}}'.ljust(64 - PREFIX_BYTES)
     assert msgspec.json.decode(blob[PREFIX_BYTES:]) == json.loads(blob[PREFIX_BYTES:])
+
+
+@pytest.mark.parametrize(
+    "grow",
+    [
+        lambda n: ",".join(f'"{i}":1' for i in range(n)) + ',"0":1',
+        lambda n: ",".join('"a":ONE' for _ in range(n)),
+        lambda n: ",".join(f'"\\u0061{i}":ONE' for i in range(n)),
+        lambda n: f'"{"x" * 20 * n}":1',
+        lambda n: f'"a":{{"dtype":"{"x" * 20 * n}","shape":[],"data_offsets":[0,0]}}',
+        lambda n: '"a":{"dtype":"U8","shape":[SIZES],"data_offsets":[0,4]}'.replace(
+            "SIZES", ",".join(["9223372036854775807"] * n)
+        ),
+        lambda n: '"a":{"dtype":"U8","shape":[SIZES],"data_offsets":[0,4]}'.replace(
+            "SIZES", ",".join(["1"] * n)
+        ),
+    ],
+    ids=["last twice", "all one", "escapes", "long name", "long dtype", "huge shape", "many axes"],
+)
+def test_a_hostile_header_costs_time_and_an_error_in_proportion(grow: Any) -> None:
+    def seconds(n: int) -> float:
+        raw = b"{" + grow(n).replace("ONE", ONE).encode() + b"}"
+        began = time.perf_counter()
+        with pytest.raises(HeaderError) as error:
+            parse(raw, 4)
+        assert len(str(error.value)) < 2500
+        return time.perf_counter() - began
+
+    seconds(100)
+    short, long = min(seconds(2_000) for _ in range(3)), seconds(64_000)
+    assert long < 32 * 12 * short + 0.05  # 32 × as long; quadratic would be 1,024 ×

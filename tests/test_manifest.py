@@ -374,3 +374,61 @@ def test_a_set_has_another_id_where_its_bytes_would_differ() -> None:
     assert len(ids) == len(set(ids))
     elsewhere = replace(info, source=Source("/elsewhere", "v2", B))
     assert ids[0] == set_id(**{**base, "info": elsewhere})
+
+
+def twice(data: bytes, first: bytes, second: bytes) -> bytes:
+    """Return a sealed file in which `second` follows `first` before the digest."""
+    raw = data[: data.rindex(b',"digest":"')].replace(first, first + second, 1)
+    return raw + b',"digest":"' + digest_of(raw).encode() + b'"}\n'
+
+
+def test_a_key_that_comes_twice_is_refused() -> None:
+    # Another reader could take the other one.
+    data = twice(manifest_json(manifest()), b'"layout":"rules",', b'"layout":"vllm",')
+    with pytest.raises(SetError, match="f: has the key 'layout' twice in one object"):
+        parse_manifest(data, file="f")
+
+
+def test_json_that_nests_too_deep_is_refused() -> None:
+    deep = b'"later":' + b"[" * 80 + b"]" * 80 + b","
+    data = twice(manifest_json(manifest()), b'"version":1,', deep)
+    with pytest.raises(SetError, match="f: nests 81 deep, expected at most 64"):
+        parse_manifest(data, file="f")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"name": "shardstate.json", "rank": None}, "a name that none may have"),
+        ({"name": "shardstate.json.sig", "rank": None}, "a name that none may have"),
+        ({"name": "evil.safetensors", "rank": None}, "a name that none may have"),
+        ({"name": ".git/config", "rank": None}, "a name that none may have"),
+        ({"name": "a/pytorch_model.bin", "rank": None}, "a name that none may have"),
+        ({"name": "config.json", "rank": 0}, "lists 'config.json' for rank 0, whose files are"),
+        (
+            {"name": "model-rank-1-part-7.safetensors", "rank": 0},
+            "lists 'model-rank-1-part-7.safetensors' for rank 0, whose files are model-rank-0-part",
+        ),
+    ],
+)
+def test_a_manifest_lists_files_under_the_names_of_their_ranks(
+    change: dict[str, Any], message: str
+) -> None:
+    def add(content: dict[str, Any]) -> None:
+        content["files"].append({"bytes": 1, "digest": A, **change})
+
+    with pytest.raises(SetError, match=message):
+        parse_manifest(resealed(manifest_json(manifest()), add), file="f")
+
+
+def test_no_file_lies_below_another() -> None:
+    companions = (SmallFile("a", 1, A), SmallFile("a/b", 1, A))
+    with pytest.raises(SetError, match="lists 'a/b' below another file"):
+        parse_record(record_json(record(companions=companions)), file="f", rank=0)
+
+
+def test_a_record_brings_no_weights_as_companions() -> None:
+    for name in ("shardstate.rank-1.json", "model-rank-1-part-0.safetensors", "x.pt"):
+        companions = (SmallFile(name, 1, A),)
+        with pytest.raises(SetError, match="as a companion, a name that none may have"):
+            parse_record(record_json(record(companions=companions)), file="f", rank=0)

@@ -447,34 +447,23 @@ def test_another_pattern_leaves_nothing_of_the_old_one(tmp_path):
 
 
 _KILLED = """
-import os, signal, sys
+import os, sys
 sys.path.insert(0, {tests!r})
+from crashing import die_at
 from test_torch_save import rank_model
 from shardstate.torch import save_model
-count = 0
-def killed(name, original):
-    def call(*args, **kwargs):
-        global count
-        if name != "open" or (args[1] if len(args) > 1 else 0) & os.O_CREAT:
-            count += 1
-            if count == die_at:
-                os.kill(os.getpid(), signal.SIGKILL)
-        return original(*args, **kwargs)
-    return call
-changes = ("rename", "unlink", "truncate", "pwritev", "open")
-for name in changes:
-    setattr(os, name, killed(name, getattr(os, name)))
-for die_at in map(int, sys.stdin):
+for number in map(int, sys.stdin):
     child = os.fork()
     if not child:
+        die_at(number)
         save_model(rank_model(1, 1), {path!r}, rank=1, tp=2, save_id="second")
         os._exit(0)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
 
-def test_killed_at_any_change_of_the_disk_no_mixture_loads(tmp_path):
-    path = tmp_path / "set"
+def test_killed_at_any_change_of_the_disk_no_mixture_loads(memory_path):
+    path = memory_path / "set"
     script = _KILLED.format(tests=os.path.dirname(__file__), path=str(path))
     with subprocess.Popen(
         [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

@@ -6,6 +6,8 @@ from dataclasses import asdict
 
 import numpy as np
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ed25519
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 import shardstate
 from checkpoints import (
@@ -366,6 +368,40 @@ class TestFlippedBits:
                 assert name in {problem.file for problem in problems}, (name, offset, bit)
                 flip_bit(path / name, offset, bit)
         assert found(path, full=True) == ()
+
+    def test_a_thousand_of_a_thousand_are_found(self, sound, tmp_path):
+        """Each kind of file gets its share; the place of each bit is random."""
+        rng = np.random.default_rng(11)
+        path = shutil.copytree(sound, tmp_path / "set")
+        key = ed25519.Ed25519PrivateKey.from_private_bytes(bytes(32))
+        (tmp_path / "key").write_bytes(
+            key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+        )
+        shardstate.sign(path, key=tmp_path / "key")
+        headers = {name: read_header(path / name)[1] for name in (R0, R1)}
+        places = {  # what is flipped → (file, first byte, end)
+            "data": [(n, begin, (path / n).stat().st_size) for n, begin in headers.items()],
+            "header": [(n, 0, begin) for n, begin in headers.items()],
+            "manifest": ["shardstate.json"],
+            "record": ["shardstate.rank-0.json", "shardstate.rank-1.json"],
+            "provenance": [f"shardstate.rank-{rank}.provenance.json" for rank in range(2)],
+            "companion": ["config.json", "tokenizer.json", "1_Pooling/config.json"],
+            "signature": ["shardstate.json.sig"],
+        }
+        found_of = dict.fromkeys(places, 0)
+        for number in range(1000):
+            kind = list(places)[number % len(places)]
+            place = places[kind][int(rng.integers(len(places[kind])))]
+            place = (place, 0, (path / place).stat().st_size) if isinstance(place, str) else place
+            name, begin, end = place
+            offset, bit = int(rng.integers(begin, end)), int(rng.integers(8))
+            flip_bit(path / name, offset, bit)
+            assert name in {p.file for p in found(path, full=True)}, (kind, name, offset, bit)
+            found_of[kind] += 1
+            flip_bit(path / name, offset, bit)
+        assert sum(found_of.values()) == 1000
+        assert min(found_of.values()) >= 142
+        assert found(path, full=True, key=tmp_path / "key") == ()
 
     def test_outside_of_data_are_found_without_full(self, sound, tmp_path):
         rng = np.random.default_rng(8)

@@ -1,6 +1,16 @@
 """Gets the weights of large models into workers: sharded or ordinary, reading only their bytes."""
 
-from shardstate.api import Access, copy, inspect, load, open, plan, shard, verify  # noqa: A004
+from shardstate.api import (
+    Access,
+    copy,
+    inspect,
+    load,
+    open,  # noqa: A004
+    plan,
+    shard,
+    sign,
+    verify,
+)
 from shardstate.checkpoint import Checkpoint
 from shardstate.errors import ShardStateError
 from shardstate.report import Problem, Report
@@ -20,5 +30,6 @@ __all__ = [
     "open",
     "plan",
     "shard",
+    "sign",
     "verify",
 ]

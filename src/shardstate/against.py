@@ -15,7 +15,7 @@ from shardstate.errors import (
     InputError,
     PathNotFound,
 )
-from shardstate.findings import Execute, SoundPart, Verification, remedy
+from shardstate.findings import Execute, SoundPart, Verification
 from shardstate.manifest import (
     MAX_JSON_BYTES,
 )
@@ -57,7 +57,7 @@ def compare_with_source(
                 found.add("digest", name, str(error))
             continue
         catalog = merge_catalogs([part.catalog for part in parts if part.rank == record.rank])
-        rebased, absent = _rebase(plan, source.catalog)
+        rebased, absent = rebased_plan(plan, source.catalog)
         differ |= absent
         for row, how in plan.opaque.items():
             lost = plan.tensors.names[row]
@@ -85,14 +85,14 @@ def compare_with_source(
         found.add(
             "source",
             tensor.file,
-            f"differs from the source; {remedy(tensor.file)}",
+            f"differs from the source; {found.remedy(tensor.file)}",
             tensor=tensor.name,
             begin=tensor.begin + difference.begin,
             end=tensor.begin + difference.end,
         )
 
 
-def _rebase(plan: Plan, source: Catalog) -> tuple[Plan, set[str]]:
+def rebased_plan(plan: Plan, source: Catalog) -> tuple[Plan, set[str]]:
     """Return `plan` reading from `source` by name, and the names that are not there alike."""
     old = plan.catalog
     rows = np.full(len(old), -1, dtype=np.int64)

@@ -6,6 +6,8 @@ import mmap
 
 import numpy as np
 
+PAGE_BYTES = mmap.PAGESIZE
+
 
 def staging_buffer(nbytes: int) -> np.ndarray:
     """Return `nbytes` bytes of page-aligned memory of their own, as uint8."""

@@ -13,6 +13,7 @@ import numpy as np
 from shardstate.dtypes import DTYPES
 from shardstate.errors import CatalogError
 from shardstate.header import Header
+from shardstate.jsontext import json_fault, shown
 from shardstate.layout import Shape
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -170,6 +171,8 @@ def parse_index(data: bytes) -> dict[str, str]:
         weight_map: dict[str, str]
 
     try:
+        if (wrong := json_fault(data)) is not None:
+            raise msgspec.DecodeError(wrong)
         weight_map = msgspec.json.decode(data, type=Index).weight_map
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise CatalogError(
@@ -180,7 +183,7 @@ def parse_index(data: bytes) -> dict[str, str]:
     for tensor, name in weight_map.items():
         if not is_file_name(name):
             raise CatalogError(
-                f"{INDEX_NAME}: {tensor} lies in {name!r}, which is no plain file name",
+                f"{INDEX_NAME}: {shown(tensor)} lies in {shown(name)}, which is no plain file name",
                 file=INDEX_NAME,
                 tensor=tensor,
             )
@@ -194,6 +197,6 @@ def is_file_name(name: str) -> bool:
     return (
         bool(name)
         and name not in (".", "..")
-        and not any(c in "/\\" or ord(c) < 32 or 0xD800 <= ord(c) < 0xE000 for c in name)
+        and not any(c in "/\\" or ord(c) < 32 or 0xD800 <= ord(c) < 0xE000 for c in name[:256])
         and len(name.encode(errors="replace")) <= 255
     )

@@ -13,8 +13,16 @@ from typing import Any
 
 from shardstate.catalog import INDEX_NAME, Catalog, catalog_of, parse_index
 from shardstate.digest import block_count, digest_of, fingerprint, sample_ranges
-from shardstate.errors import CatalogError, DigestError, InputError, SetError, UsageError
+from shardstate.errors import (
+    CatalogError,
+    ChangedFile,
+    DigestError,
+    InputError,
+    SetError,
+    UsageError,
+)
 from shardstate.header import PREFIX_BYTES, Header, header_length, parse_header
+from shardstate.jsontext import json_fault
 from shardstate.manifest import (
     MAX_JSON_BYTES,
     Manifest,
@@ -35,10 +43,10 @@ from shardstate.names import (
     record_rank,
 )
 from shardstate.sharding import Topology
-from shardstate.storage import Storage
+from shardstate.storage import Entry, Storage
 
-_MAX_CONFIG_BYTES = 64 << 20
-_MAX_INDEX_BYTES = 256 << 20
+_MAX_CONFIG_BYTES = 16 << 20
+_MAX_INDEX_BYTES = 64 << 20  # 36,945 tensors take 4 MB
 _PICKLES = (".bin", ".pt", ".pth", ".gguf", ".h5")
 
 
@@ -51,9 +59,11 @@ class Checkpoint:
     topology: Topology | None = None  # of a set
     catalog: Catalog | None = None  # of an ordinary checkpoint
     manifest: Manifest | None = None
+    manifest_bytes: bytes = b""
     # The files of a set that vLLM wrote, by rank.
     parts: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
     bytes_meta: int = 0  # headers and JSON read so far
+    seen: Mapping[str, Entry] = field(default_factory=dict)  # what was there when it was opened
     _records: dict[int, tuple[Record, bytes]] = field(default_factory=dict)
     _catalogs: dict[int, Catalog] = field(default_factory=dict)
 
@@ -129,6 +139,16 @@ class Checkpoint:
                 raise error.located(self.location) from None
         return self._catalogs[rank]
 
+    def check_unchanged(self, files: Iterable[str]) -> None:
+        """Raise `ChangedFile` if one of `files` is not what it was when this was opened.
+
+        What was read between is then of one generation: of no file half of the old content.
+        """
+        try:
+            check_unchanged(self.storage, self.seen, files)
+        except ChangedFile as error:
+            raise error.located(self.location) from None
+
     def _open_rank(self, rank: int) -> Catalog:
         if self.kind == "vllm":
             files = [(name, *self.header(name)[:2]) for name in self.parts[rank]]
@@ -198,14 +218,13 @@ class Checkpoint:
         raw = self.config_bytes()
         if not raw:
             return None
-        try:
-            found = json.loads(raw)
-        except (ValueError, RecursionError) as error:
-            raise InputError(
-                f"{CONFIG}: is not JSON: {error}; fetch it again", file=CONFIG
-            ) from None
+        if (wrong := json_fault(raw, constants=True)) is not None:
+            raise InputError(f"{self.location}/{CONFIG}: {wrong}; fetch it again", file=CONFIG)
+        found = json.loads(raw)
         if not isinstance(found, dict):
-            raise InputError(f"{CONFIG}: is no JSON object; fetch it again", file=CONFIG)
+            raise InputError(
+                f"{self.location}/{CONFIG}: is no JSON object; fetch it again", file=CONFIG
+            )
         return found
 
     def config_bytes(self) -> bytes:
@@ -233,6 +252,21 @@ class Checkpoint:
             sample = bytearray(end - begin)
             self.storage.read_into(name, begin, [memoryview(sample)])
             yield bytes(sample)
+
+
+def check_unchanged(storage: Storage, seen: Mapping[str, Entry], files: Iterable[str]) -> None:
+    """Raise `ChangedFile` if one of `files` is not there any more as it was `seen`."""
+    now = storage.entries()
+    for name in files:
+        before, after = seen.get(name), now.get(name)
+        if before is None or before == after:
+            continue
+        what = "vanished" if after is None else "was replaced or written to"
+        raise ChangedFile(
+            f"{name}: {what} while it was read; what was loaded is not used: load it again once "
+            f"nobody writes there",
+            file=name,
+        )
 
 
 def blocks_fit(entry: PartEntry, header: Header) -> bool:
@@ -287,6 +321,12 @@ def open_checkpoint(storage: Storage, *, pattern: str | None) -> Checkpoint:
     `pattern` names the rank files of a set that vLLM wrote with one of its own.
     """
     names = storage.entries()
+    found = _opened(storage, names, pattern)
+    found.seen = names
+    return found
+
+
+def _opened(storage: Storage, names: Mapping[str, Entry], pattern: str | None) -> Checkpoint:
     records = sorted(rank for name in names if (rank := record_rank(name)) is not None)
     if MANIFEST in names or records:
         found = _open_set(storage, has_manifest=MANIFEST in names, records=records)
@@ -314,6 +354,7 @@ def _open_set(storage: Storage, *, has_manifest: bool, records: list[int]) -> Ch
         data = storage.read(MANIFEST, limit=MAX_JSON_BYTES)
         found.bytes_meta += len(data)
         found.manifest = parse_manifest(data, file=MANIFEST)
+        found.manifest_bytes = data
     else:
         read = [found.record(rank) for rank in records]
         for record in read[1:]:

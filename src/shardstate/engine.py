@@ -2,7 +2,8 @@
 
 Every worker takes the next read, fetches its bytes into staging memory of its own (or straight into
 the destination) and hands them to the target, which moves, hashes and writes them in the same
-thread. With a few workers these overlap, and memory is workers × one read.
+thread. With a few workers these overlap, and memory is workers × one read. How many of them work is
+the choice of the storage's reader, who may change it at any time; the others wait.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from shardstate.buffers import staging_buffer
+from shardstate.buffers import PAGE_BYTES, staging_buffer
 from shardstate.coalesce import Read
 from shardstate.meter import MemoryMeter
-from shardstate.storage import Storage
+from shardstate.storage import Reader, Storage
 from shardstate.targets import Target
 
 _TICK_SECONDS = 0.02  # how often memory is sampled
@@ -31,6 +32,7 @@ class Counters:
     """What an execution did."""
 
     bytes_read: int  # payload asked of the storage
+    bytes_cached: int  # what of it the page cache held
     requests: int
     peak_extra_bytes: int
 
@@ -38,30 +40,54 @@ class Counters:
 class _Run:
     """State that the workers of one execution share."""
 
-    def __init__(self, reads: Sequence[Read]) -> None:
-        self.reads = reads
+    def __init__(self, reads: Sequence[Read], reader: Reader) -> None:
+        self.reads, self.reader = reads, reader
         self.lock = threading.Lock()
+        self.free = threading.Condition(self.lock)  # a worker ended its read
+        self.busy = 0  # workers that carry out a read
         self.stopped = threading.Event()
         self.idle = threading.Event()  # set when the last worker is done
         self.active = 0  # workers that are not done
         self.next = 0
         self.error: BaseException | None = None
         self.bytes_read = 0
+        self.bytes_cached = 0
         self.requests = 0
         self.touched = 0  # bytes of destination memory that were filled for the first time
 
     def take(self) -> Read | None:
-        with self.lock:
+        """Return the next read once there is room for one more in flight; None: no more."""
+        with self.free:
+            while (
+                not self.stopped.is_set()
+                and self.next < len(self.reads)
+                and self.busy >= self.reader.limit
+            ):
+                self.free.wait()
             if self.stopped.is_set() or self.next == len(self.reads):
                 return None
             self.next += 1
+            self.busy += 1
             return self.reads[self.next - 1]
 
-    def fail(self, error: BaseException) -> None:
-        with self.lock:
+    def done(self, read: Read, cached: int) -> None:
+        """Count a read that was carried out, and let another one begin."""
+        touched = sum(piece.nbytes for piece in read.pieces)
+        with self.free:
+            self.bytes_read += read.nbytes
+            self.bytes_cached += cached
+            self.requests += read.file is not None
+            self.touched += touched
+            self.busy -= 1
+            self.free.notify_all()
+
+    def stop(self, error: BaseException | None = None) -> None:
+        """Let nobody take another read; the first error is kept."""
+        with self.free:
             if self.error is None:
                 self.error = error
-        self.stopped.set()
+            self.stopped.set()
+            self.free.notify_all()
 
 
 def execute(
@@ -75,10 +101,13 @@ def execute(
 ) -> Counters:
     """Carry out `reads` and return what it took; the first error of any worker is raised.
 
-    `fills_memory`: the target allocates what it receives, so that resident memory grows by the
-    bytes delivered; they do not count as extra. Ctrl-C stops all workers before it is raised.
+    `threads` work at once where nothing has to be waited for; how many elsewhere, the storage's
+    reader says. `fills_memory`: the target allocates what it receives, so that resident memory
+    grows by the bytes delivered; they do not count as extra. Ctrl-C stops all workers before it is
+    raised.
     """
-    run = _Run(reads)
+    reader = storage.reader(threads)
+    run = _Run(reads, reader)
     total = sum(read.nbytes for read in reads)
     expected: Counter[str] = Counter()
     for read in reads:
@@ -89,7 +118,7 @@ def execute(
         threading.Thread(
             target=_work, args=(run, storage, target), name=f"shardstate-{i}", daemon=True
         )
-        for i in range(max(1, min(threads, len(reads))))
+        for i in range(max(1, min(reader.threads, len(reads))))
     ]
     run.active = len(workers)
     meter = MemoryMeter()
@@ -104,7 +133,7 @@ def execute(
             if progress is not None and tick % _PROGRESS_TICKS == 0:
                 progress(run.bytes_read, total)
     finally:
-        run.stopped.set()
+        run.stop()
         if not run.idle.is_set():
             target.stop()
             storage.interrupt()
@@ -115,12 +144,13 @@ def execute(
         for worker in workers:
             if worker.ident is not None:
                 worker.join()
+        reader.close()
     if run.error is not None:
         raise run.error
     meter.sample(run.touched if fills_memory else 0)
     if progress is not None:
         progress(total, total)
-    return Counters(run.bytes_read, run.requests, meter.peak)
+    return Counters(run.bytes_read, run.bytes_cached, run.requests, meter.peak)
 
 
 def _work(run: _Run, storage: Storage, target: Target) -> None:
@@ -128,25 +158,23 @@ def _work(run: _Run, storage: Storage, target: Target) -> None:
     staging: np.ndarray | None = None
     try:
         while (read := run.take()) is not None:
-            staged = None
+            staged, cached = None, 0
             if read.file is not None:
                 views = _direct_views(read, target)
                 if views is None:
-                    if staging is None or len(staging) < read.nbytes:
-                        staging = staging_buffer(read.nbytes)
-                    staged = staging[: read.nbytes]
+                    # As far from a page as in the file: what O_DIRECT wants, without a copy.
+                    first = read.begin % PAGE_BYTES
+                    if staging is None or len(staging) < first + read.nbytes:
+                        staging = staging_buffer(PAGE_BYTES + read.nbytes)
+                    staged = staging[first : first + read.nbytes]
                     views = [staged.data]
-                storage.read_into(read.file, read.begin, views)
+                cached = run.reader.read_into(read.file, read.begin, views)
             if run.stopped.is_set():
                 return
             target.accept(read, staged)
-            touched = sum(piece.nbytes for piece in read.pieces)
-            with run.lock:
-                run.bytes_read += read.nbytes
-                run.requests += read.file is not None
-                run.touched += touched
+            run.done(read, cached)
     except BaseException as error:
-        run.fail(error)
+        run.stop(error)
         target.stop()
         storage.interrupt()
     finally:

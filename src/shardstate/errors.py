@@ -6,6 +6,7 @@
     │   ├── PathNotFound (FileNotFoundError)
     │   ├── HeaderError             a safetensors header is malformed or lies about its file
     │   ├── TruncatedFile           a file ends before the bytes that were planned
+    │   ├── ChangedFile             a file became another, or vanished, while it was read
     │   ├── CatalogError            files that are whole but do not make one checkpoint
     │   ├── RulesError              a rules file, or a configuration that rules need, is wrong
     │   ├── NoRule                  no split rule matches a tensor's name
@@ -18,7 +19,9 @@
     │   ├── LoadError               stored tensors do not fit a module
     │   └── TargetError             the place to write to holds something else
     ├── DamageError (ValueError)    bytes differ from their recorded digests
+    │   └── SignatureError          a set is not signed by the key that is required
     └── StorageError (OSError)      permission, disk full, I/O, network
+        ├── OutOfMemory (MemoryError)   what is to be loaded does not fit here
         ├── TargetBusy              another process is writing there
         └── Unreachable             a store failed for too long; later it may work
 
@@ -69,6 +72,10 @@ class HeaderError(InputError):
 
 class TruncatedFile(InputError):
     """A file ends before the bytes that were planned."""
+
+
+class ChangedFile(InputError):
+    """A file became another one, or vanished, while it was read."""
 
 
 class CatalogError(InputError):
@@ -142,6 +149,10 @@ class DamageError(ShardStateError, ValueError):
         self.report = report
 
 
+class SignatureError(DamageError):
+    """A set is not signed, or not by the key that is required."""
+
+
 class StorageError(ShardStateError, OSError):
     """The storage refused or failed: permission, disk full, I/O."""
 
@@ -150,6 +161,10 @@ class StorageError(ShardStateError, OSError):
 
 class Unreachable(StorageError):
     """A store did not answer, broke off or was overloaded for too long; later it may work."""
+
+
+class OutOfMemory(StorageError, MemoryError):
+    """What is to be loaded does not fit into memory."""
 
 
 class TargetBusy(StorageError):

@@ -12,6 +12,7 @@ from shardstate.manifest import (
     Record,
     SetInfo,
 )
+from shardstate.names import Pattern, provenance_rank, record_rank
 from shardstate.plan import Plan
 from shardstate.report import Problem
 from shardstate.storage import Storage
@@ -21,6 +22,9 @@ from shardstate.targets import CompareTarget, DigestTarget
 Execute = Callable[
     [Sequence[Plan], Storage, DigestTarget | CompareTarget, Sequence[frozenset[int]] | None], None
 ]
+
+
+_Raw = bytes  # `Verification` counts `bytes`
 
 
 @dataclass
@@ -36,6 +40,7 @@ class Verification:
     opaque: int = 0  # tensors that a source cannot be compared with as a whole
     opaque_bytes: int = 0
     manifest: Manifest | None = None
+    manifest_bytes: _Raw = b""  # as they are, sound or not
     records: dict[int, Record] = field(default_factory=dict)
 
     @property
@@ -44,6 +49,10 @@ class Verification:
         if self.manifest is not None:
             return self.manifest.info
         return next((record.info for record in self.records.values()), None)
+
+    def remedy(self, name: str) -> str:
+        """Return what mends a file of this set."""
+        return remedy(self.info, name)
 
     def add(
         self,
@@ -67,6 +76,15 @@ class SoundPart:
     catalog: Catalog
 
 
-def remedy(name: str) -> str:
-    """Return what mends a file of a set."""
-    return f"copy {name} again, or shard again with --force"
+def remedy(info: SetInfo | None, name: str) -> str:
+    """Return what mends a file: which rank is to be made again, and from where."""
+    if info is None:
+        return f"copy {name} again"
+    place = Pattern(info.pattern, info.topology.tp, info.topology.pp).parse(name)
+    known = (record_rank(name), provenance_rank(name), None if place is None else place[0])
+    rank = next((each for each in known if each is not None), None)
+    what = "it" if rank is None else f"rank {rank}"
+    if info.source is None:
+        again = "" if rank is None else f", or save rank {rank} again"
+        return f"make it again from another copy (verify --repair COPY){again}"
+    return f"make {what} again from {info.source.location} (verify --repair), or copy {name} again"

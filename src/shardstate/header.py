@@ -10,18 +10,20 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
 from typing import Annotated
 
 import msgspec
 
 from shardstate.dtypes import DTYPES
 from shardstate.errors import HeaderError
-from shardstate.layout import Shape
+from shardstate.jsontext import first_repeated, shown
+from shardstate.layout import Shape, element_count
 
 PREFIX_BYTES = 8  # length of the header, before it
 MAX_HEADER_BYTES = 100_000_000  # as in safetensors, without the prefix
 _MAX_INT = 2**63 - 1
+_SHOWN = 200  # characters of a name, and
+_AXES = 64  # sizes of a shape, that an error quotes
 
 _Natural = Annotated[int, msgspec.Meta(ge=0, le=_MAX_INT)]
 
@@ -81,7 +83,8 @@ def parse_header(raw: bytes, *, file: str, file_bytes: int) -> Header:
     """
 
     def fault(text: str, tensor: str | None = None) -> HeaderError:
-        where = f"{file}: " + (f"{tensor}: " if tensor is not None else "")
+        # A name may be as long as the header.
+        where = f"{file}: " + (f"{_brief(tensor)}: " if tensor is not None else "")
         return HeaderError(
             f"{where}{text}; the file is damaged, or no safetensors file: fetch it again",
             file=file,
@@ -113,16 +116,19 @@ def parse_header(raw: bytes, *, file: str, file_bytes: int) -> Header:
     for begin, end, name, info in rows:
         dtype = DTYPES.get(info.dtype)
         if dtype is None:
-            raise fault(f"unknown dtype {info.dtype!r}; known are {', '.join(DTYPES)}", name)
+            known = ", ".join(DTYPES)
+            raise fault(f"unknown dtype {shown(info.dtype)}; known are {known}", name)
         if begin != at:
             what = "overlaps the tensor before it" if begin < at else "leaves a gap before it"
             raise fault(f"begins at data byte {begin}, expected {at}: {what}", name)
-        bits = prod(info.shape) * dtype.bits
-        if not bits and prod(n for n in info.shape if n) > _MAX_INT:
-            raise fault(f"shape {list(info.shape)} overflows, expected sizes below 2**63", name)
+        elements = element_count(info.shape)
+        if elements is None:
+            said = _shape(info.shape)
+            raise fault(f"shape {said} overflows, expected sizes below 2**63", name)
+        bits = elements * dtype.bits
         if bits != (end - begin) * 8:
             raise fault(
-                f"shape {list(info.shape)} of {info.dtype} takes {bits / 8:g} bytes, "
+                f"shape {_shape(info.shape)} of {info.dtype} takes {bits / 8:g} bytes, "
                 f"and its offsets hold {end - begin}",
                 name,
             )
@@ -166,14 +172,20 @@ def serialise_header(
     return len(raw).to_bytes(PREFIX_BYTES, "little") + raw
 
 
+def _brief(name: str) -> str:
+    return name if len(name) <= _SHOWN else f"{name[:_SHOWN]}… ({len(name)} characters)"
+
+
+def _shape(shape: Shape) -> str:
+    return str([*shape[:_AXES]])[:-1] + (f", … {len(shape)} axes]" if len(shape) > _AXES else "]")
+
+
 def _refuse_duplicates(raw: bytes, fault: Callable[..., HeaderError]) -> None:
     """Raise if a name, or a key of one entry, is there twice, or a number is written as -0."""
 
     def once(pairs: Sequence[tuple[str, object]]) -> dict[str, object]:
         if len(found := dict(pairs)) != len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
-            raise fault("the header names it twice", twice)
+            raise fault("the header names it twice", first_repeated([name for name, _ in pairs]))
         return found
 
     def natural(digits: str) -> int:

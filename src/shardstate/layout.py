@@ -36,6 +36,8 @@ Loop = tuple[int, int, int]  # size, source stride, destination stride
 # What does not nest is unrolled into at most so many parts; or so many elements are counted singly.
 _PARTS = 4096
 _ELEMENTS = 1 << 24
+_TOO_MANY = 1 << 63
+_PAIRS = 1 << 20  # of interleaved regions compared, before `overlap` gives up
 
 # So many parts may a pair of moves be unrolled into; and so many elements may be told one by one.
 _PARTS = 4096
@@ -82,6 +84,19 @@ class Move:
     @property
     def dest_region(self) -> Region:
         return Region(self.dest, tuple((n, d) for n, _, d in self.loops))
+
+
+def element_count(shape: Shape) -> int | None:
+    """Return the elements of `shape`; None where its sizes, zeros aside, reach 2**63 together.
+
+    Stops there: the product of a hostile shape's million sizes takes hours.
+    """
+    total = 1
+    for size in shape:
+        total *= size or 1
+        if total >= _TOO_MANY:
+            return None
+    return total if all(shape) else 0
 
 
 def strides_of(shape: Shape) -> tuple[int, ...]:
@@ -340,8 +355,12 @@ def overlap(regions: Sequence[Region]) -> tuple[int, int] | None:
         if _folds(regions[i]) and union_size([regions[i]]) < regions[i].size:
             return i, i
     open_: list[int] = []
+    pairs = 0
     for i in order:
         open_ = [j for j in open_ if regions[j].end > regions[i].offset]
+        pairs += len(open_)
+        if pairs > _PAIRS:
+            raise NotNested(f"{len(regions)} regions lie too entangled to be compared")
         for j in open_:
             if regions[i] == regions[j] or intersect(regions[j], regions[i]):
                 return j, i

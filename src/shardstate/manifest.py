@@ -15,16 +15,25 @@ import msgspec
 from shardstate.catalog import is_file_name
 from shardstate.digest import digest_of
 from shardstate.errors import DigestError, MisplacedError, SetError, UsageError
-from shardstate.names import check_pattern, is_relative_path, provenance_name, record_name
+from shardstate.jsontext import json_fault, shown
+from shardstate.names import (
+    Pattern,
+    check_pattern,
+    is_companion,
+    is_relative_path,
+    provenance_name,
+    record_name,
+)
 from shardstate.sharding import MAX_RANKS, Topology
 
 VERSION = 1
-MAX_JSON_BYTES = 1 << 30  # of a record or provenance: 36,945 tensors take 5 MB
+MAX_JSON_BYTES = 256 << 20  # of a record or provenance: 36,945 tensors take 5 MB
 _SEAL = b',"digest":"'
 
 Digest = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
 Natural = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 Size = Annotated[int, msgspec.Meta(ge=1, le=MAX_RANKS)]
+_Text = Annotated[str, msgspec.Meta(max_length=4096)]  # errors quote it
 SetId = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9._-]{1,64}\Z")]
 
 
@@ -39,8 +48,8 @@ class Sizes(msgspec.Struct, frozen=True):
 class Source(msgspec.Struct, frozen=True):
     """Where a set came from."""
 
-    location: str  # absolute, without credentials
-    revision: str | None
+    location: _Text  # absolute, without credentials
+    revision: _Text | None
     fingerprint: Digest
 
 
@@ -48,14 +57,14 @@ class SetInfo(msgspec.Struct, frozen=True, kw_only=True):
     """What manifest and records say alike: `topology` to `source`, in this order."""
 
     topology: Sizes
-    layout: str
-    stage: str
-    pattern: str
-    dtype: str
-    quantization: str | None = None
-    platform: str | None = None
-    engine: str | None = None
-    engine_version: str | None = None
+    layout: _Text
+    stage: _Text
+    pattern: _Text
+    dtype: _Text
+    quantization: _Text | None = None
+    platform: _Text | None = None
+    engine: _Text | None = None
+    engine_version: _Text | None = None
     engine_arguments: dict[str, Any] = {}
     source: Source | None = None
 
@@ -170,6 +179,8 @@ def unseal(data: bytes, *, file: str) -> bytes:
             f"it is damaged: copy it again, or shard again",
             file=file,
         )
+    if (wrong := json_fault(data)) is not None:
+        raise SetError(f"{file}: {wrong}; it is no file of this format version", file=file)
     version = decode(data, _Versioned, file=file).version
     if version != VERSION:
         raise SetError(
@@ -216,6 +227,7 @@ def parse_manifest(data: bytes, *, file: str) -> Manifest:
         raise SetError(
             f"{file}: lists files of ranks {sorted(ranks)}, expected 0 to {world - 1}", file=file
         )
+    _check_owners(rest.files, check_pattern(info.pattern, info.shape), file=file)
     listed = set(names)
     for rank in range(world):
         if record_name(rank) not in listed:
@@ -254,7 +266,9 @@ def parse_record(data: bytes, *, file: str, rank: int) -> Record:
             file=file,
         )
     check_names([entry.name for entry in rest.files], file=file, folders=False)
-    check_names([entry.name for entry in rest.companions], file=file, folders=True)
+    companions = [entry.name for entry in rest.companions]
+    check_names(companions, file=file, folders=True)
+    _check_companions(companions, file=file)
     pattern = check_pattern(info.pattern, info.shape)
     for part, entry in enumerate(rest.files):
         if entry.name != pattern.name(rank, part):
@@ -354,6 +368,39 @@ def check_names(names: Sequence[str], *, file: str, folders: bool) -> None:
     for name in names:
         plain = is_relative_path(name) if folders else is_file_name(name)
         if not plain or name.startswith(".shardstate"):
-            raise SetError(f"{file}: lists {name!r}, which is no name of a file below", file=file)
-    if len(set(names)) != len(names):
+            raise SetError(
+                f"{file}: lists {shown(name)}, which is no name of a file below", file=file
+            )
+    listed = set(names)
+    if len(listed) != len(names):
         raise SetError(f"{file}: lists a file twice", file=file)
+    for name in names:
+        # A path and a folder of it: whoever copies the set could write one through the other.
+        if any(name[:at] in listed for at, sign in enumerate(name) if sign == "/"):
+            raise SetError(f"{file}: lists {shown(name)} below another file", file=file)
+
+
+def _check_companions(names: Sequence[str], *, file: str) -> None:
+    """Raise `SetError` for a companion under a name of weights, or of ours, or of a repository."""
+    for name in names:
+        if not is_companion(name):
+            raise SetError(
+                f"{file}: lists {shown(name)} as a companion, a name that none may have", file=file
+            )
+
+
+def _check_owners(files: Sequence[FileEntry], pattern: Pattern, *, file: str) -> None:
+    """Raise `SetError` unless each file has a name that its rank's files have."""
+    _check_companions([entry.name for entry in files if entry.rank is None], file=file)
+    for entry in files:
+        if entry.rank is None or entry.name in (
+            record_name(entry.rank), provenance_name(entry.rank)
+        ):  # fmt: skip
+            continue
+        place = pattern.parse(entry.name)
+        if place is None or place[0] != entry.rank:
+            raise SetError(
+                f"{file}: lists {shown(entry.name)} for rank {entry.rank}, whose files are "
+                f"{pattern.name(entry.rank, 0)}, …",
+                file=file,
+            )

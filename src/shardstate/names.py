@@ -29,6 +29,7 @@ _NOT_COMPANIONS = (
     "shardstate*",
     ".shardstate*",
 )
+_PATH_CHARACTERS = 1024  # of a companion's relative path
 _FIELDS = ("rank", "tp_rank", "pp_rank", "dp_rank", "part")
 
 
@@ -180,4 +181,4 @@ def is_companion(path: str) -> bool:
 
 def is_relative_path(path: str) -> bool:
     """Whether a companion may have this name: components that a record can hold."""
-    return all(is_file_name(component) for component in path.split("/"))
+    return len(path) <= _PATH_CHARACTERS and all(map(is_file_name, path.split("/")))

@@ -48,14 +48,15 @@ def plan_parts(
         groups[-1].append(row)
         room -= nbytes
     return [
-        _part(tensors, rows, rank=rank, part=part, set_id=set_id, name=pattern.name(rank, part))
+        part_file(tensors, rows, rank=rank, part=part, set_id=set_id, name=pattern.name(rank, part))
         for part, rows in enumerate(groups)
     ]
 
 
-def _part(
+def part_file(
     tensors: Tensors, rows: Sequence[int], *, rank: int, part: int, set_id: str, name: str
 ) -> PartFile:
+    """Return one part that holds `rows` of `tensors`, in that order."""
     header = serialise_header(
         (
             (tensors.names[row], tensors.dtypes[row], tensors.shapes[row], tensors.nbytes(row))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import pairwise
-from math import prod
 from typing import Annotated
 
 import msgspec
@@ -13,11 +12,15 @@ import numpy as np
 from shardstate.catalog import Catalog, Tensors, is_file_name
 from shardstate.dtypes import DTYPES
 from shardstate.errors import SetError
-from shardstate.layout import Move, Region
+from shardstate.layout import Move, Region, element_count
 from shardstate.manifest import VERSION, Natural, SetId, decode, seal, unseal
 from shardstate.plan import Copy, Fill, Literal, Plan, faults, make_plan
 
 _Tag = Annotated[str, msgspec.Meta(max_length=16)]
+# More axes than any array has make every product and every comparison slow.
+_Shape = Annotated[tuple[Natural, ...], msgspec.Meta(max_length=64)]
+_Moves = Annotated[tuple[tuple[Natural, Natural, Natural], ...], msgspec.Meta(max_length=64)]
+_Places = Annotated[tuple[tuple[Natural, Natural], ...], msgspec.Meta(max_length=64)]
 _Hex = Annotated[str, msgspec.Meta(pattern=r"^([0-9a-f]{2})*\Z")]
 
 
@@ -29,13 +32,13 @@ class _File(msgspec.Struct):
 class _Tensors(msgspec.Struct):
     name: tuple[str, ...]
     dtype: tuple[_Tag, ...]
-    shape: tuple[tuple[Natural, ...], ...]
+    shape: tuple[_Shape, ...]
 
 
 class _Stored(msgspec.Struct):
     name: tuple[str, ...]
     dtype: tuple[_Tag, ...]
-    shape: tuple[tuple[Natural, ...], ...]
+    shape: tuple[_Shape, ...]
     file: tuple[Natural, ...]
     begin: tuple[Natural, ...]
 
@@ -52,14 +55,14 @@ class _Copies(msgspec.Struct):
     dest_dtype: tuple[_Tag, ...]
     source_offset: tuple[Natural, ...]
     dest_offset: tuple[Natural, ...]
-    loops: tuple[tuple[tuple[Natural, Natural, Natural], ...], ...]
+    loops: tuple[_Moves, ...]
 
 
 class _Fills(msgspec.Struct):
     dest: tuple[Natural, ...]
     dtype: tuple[_Tag, ...]
     offset: tuple[Natural, ...]
-    loops: tuple[tuple[tuple[Natural, Natural], ...], ...]
+    loops: tuple[_Places, ...]
     value: tuple[_Hex, ...]
 
 
@@ -255,7 +258,9 @@ def _check_sizes(
     if len(set(names)) != len(names):
         raise SetError(f"{file}: names a tensor twice", file=file)
     for name, dtype, shape in zip(names, dtypes, shapes, strict=True):
-        bits = prod(shape) * DTYPES[dtype].bits
-        if bits >= 2**63 or bits % 8:
-            what = "is too large" if bits >= 2**63 else f"does not fill whole bytes of {dtype}"
+        elements = element_count(shape)
+        bits = None if elements is None else elements * DTYPES[dtype].bits
+        if bits is None or bits >= 2**63 or bits % 8:
+            large = bits is None or bits >= 2**63
+            what = "is too large" if large else f"does not fill whole bytes of {dtype}"
             raise SetError(f"{file}: {name} {what}: {list(shape)}", file=file, tensor=name)

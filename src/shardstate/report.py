@@ -38,6 +38,7 @@ class Report:
     seconds: float | None = None
     phases: Mapping[str, float] | None = None
     gbps: float | None = None
+    hashing: float | None = None  # seconds of all threads together, where digests were compared
     peak_extra_bytes: int | None = None
     tensors: int | None = None
     files: int | None = None
@@ -52,11 +53,14 @@ class Report:
     ranks: tuple[int, ...] | None = None
     set: str | None = None
     committed: bool | None = None
+    digest: str | None = None  # of the manifest: what `verify --digest` takes
+    signed_by: str | None = None  # the public key that was required, and did sign the set
     bytes_by_dtype: Mapping[str, int] | None = None
     bytes_by_rank: Mapping[str, int] | None = None
     tensor_list: tuple[Mapping[str, Any], ...] | None = None
     file_list: tuple[Mapping[str, Any], ...] | None = None
     problems: tuple[Problem, ...] | None = None
+    measured: tuple[Mapping[str, Any], ...] | None = None  # by `bench`: who, how, GB/s
     by_rule: tuple[Mapping[str, Any], ...] | None = None  # how a plan shares: tensors and bytes
     notes: tuple[str, ...] | None = None  # worth knowing, and no problem
 

@@ -27,6 +27,7 @@ from typing import Any
 import msgspec
 
 from shardstate.errors import NoRule, RulesError, UnevenSplit, UsageError
+from shardstate.jsontext import json_fault
 from shardstate.layout import Box, Shape
 
 # model_type of a configuration → the built-in table (`tables/NAME.json`).
@@ -134,6 +135,8 @@ def parse_rules(data: bytes, *, config: Mapping[str, Any] | None, where: str) ->
 
     `where` is the file's name, for errors. Raises `RulesError` that lists every fault.
     """
+    if (wrong := json_fault(data)) is not None:
+        raise RulesError(f"{where}: {wrong}; mend the rules", file=where)
     try:
         entries = msgspec.json.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -337,7 +340,7 @@ def _number(match: str, key: str, value: object, config: Mapping[str, Any] | Non
                 f'{match}: "{key}" is {value!r}, an entry of config.json, and there is none'
             )
         found = _config_entry(config, value)
-    if not isinstance(found, int) or isinstance(found, bool) or found < 1:
+    if not isinstance(found, int) or isinstance(found, bool) or not 1 <= found < 2**63:
         origin = f" ({value!r} in config.json)" if found is not value else ""
         raise RulesError(f'{match}: "{key}" must be a positive number, found {found!r}{origin}')
     return found

@@ -38,6 +38,7 @@ from shardstate.manifest import (
     Manifest,
     PartEntry,
     Record,
+    SetInfo,
     parse_manifest,
     parse_record,
 )
@@ -89,7 +90,7 @@ def verify_structure(
         files, absent = [(name, None) for name in ordinary.files], ordinary.absent
         weight_map, found.bytes_meta = ordinary.weight_map, ordinary.bytes_meta
     for name in absent:
-        found.add("missing", name, f"is missing; {remedy(name)}")
+        found.add("missing", name, f"is missing; {found.remedy(name)}")
     headers: list[tuple[str, int, Header]] = []
     for name, rank in files:
         try:
@@ -164,7 +165,7 @@ def _add_error(found: Verification, name: str, error: Exception) -> None:
     tensor = getattr(error, "tensor", None)
     match error:
         case PathNotFound():
-            found.add("missing", name, f"is missing: {remedy(name)}", tensor=tensor)
+            found.add("missing", name, f"is missing: {found.remedy(name)}", tensor=tensor)
         case TruncatedFile():
             found.add("size", name, _said(error), tensor=tensor)
         case _:
@@ -180,6 +181,7 @@ def _said(error: Exception) -> str:
 def _manifest(storage: Storage, found: Verification) -> Manifest | None:
     data = storage.read(MANIFEST, limit=MAX_JSON_BYTES)
     found.bytes_meta += len(data)
+    found.manifest_bytes = data
     try:
         found.manifest = parse_manifest(data, file=MANIFEST)
     except SetError as error:
@@ -222,18 +224,20 @@ def _record(
         found.add(
             "stale",
             name,
-            f"is of set {record.set}, the manifest of {manifest.set}; {remedy(name)}",
+            f"is of set {record.set}, the manifest of {manifest.set}; {found.remedy(name)}",
         )
         return None
     if not record.info.agrees(manifest.info):
-        found.add("stale", name, f"does not say what {MANIFEST} says of the set; {remedy(name)}")
+        found.add(
+            "stale", name, f"does not say what {MANIFEST} says of the set; {found.remedy(name)}"
+        )
         return None
     listed = next(entry for entry in manifest.files if entry.name == name)
     if listed.digest != digest_of(data):
         found.add(
             "digest",
             name,
-            f"has digest {digest_of(data)}, the manifest says {listed.digest}; {remedy(name)}",
+            f"has digest {digest_of(data)}, {MANIFEST} says {listed.digest}; {found.remedy(name)}",
         )
     return record
 
@@ -260,17 +264,19 @@ def _parts(storage: Storage, found: Verification, record: Record) -> list[SoundP
         found.files.append((name, size, record.rank))
         if digest_of(raw) != entry.header:
             kind, text = _misplaced(header, record, number)
-            found.add(kind, name, f"{text}; {remedy(name)}", begin=0, end=len(raw))
+            found.add(kind, name, f"{text}; {found.remedy(name)}", begin=0, end=len(raw))
             continue
         if size != entry.bytes:
             _add_size(found, name, size, entry.bytes)
             continue
         own = record_name(record.rank)
         if not blocks_fit(entry, header):
-            found.add("digest", own, f"its digests do not fit {name}; {remedy(own)}")
+            found.add("digest", own, f"its digests do not fit {name}; {found.remedy(own)}")
             continue
         if rank_file_digest(entry.header, entry.blocks) != entry.digest:
-            found.add("digest", own, f"its digests of {name} contradict each other; {remedy(own)}")
+            found.add(
+                "digest", own, f"its digests of {name} contradict each other; {found.remedy(own)}"
+            )
         catalog = catalog_of([(name, size, header)], weight_map=None)
         found.tensors += len(catalog)
         found.bytes += size - header.data_begin
@@ -282,7 +288,7 @@ def _add_size(found: Verification, name: str, size: int, expected: int) -> None:
     found.add(
         "size",
         name,
-        f"has {size} bytes, expected {expected}; {remedy(name)}",
+        f"has {size} bytes, expected {expected}; {found.remedy(name)}",
         begin=min(size, expected),
         end=max(size, expected),
     )
@@ -346,7 +352,7 @@ def _small(
     found.bytes_meta += len(data)
     found.files.append((name, size, rank))
     if (is_ := digest_of(data)) != digest:
-        found.add("digest", name, f"has digest {is_}, expected {digest}; {remedy(name)}")
+        found.add("digest", name, f"has digest {is_}, expected {digest}; {found.remedy(name)}")
 
 
 def _cross_check(found: Verification, manifest: Manifest) -> None:
@@ -422,15 +428,22 @@ def _digests(
     target = DigestTarget([part.catalog for part in parts])
     execute([plan_identity(part.catalog) for part in parts], storage, target, None)
     for slot, part in enumerate(parts):
-        found.problems += block_problems(part.entry, part.catalog, partial(target.blocks, slot))
+        found.problems += block_problems(
+            part.entry, part.catalog, partial(target.blocks, slot), info=found.info
+        )
 
 
 def block_problems(
-    entry: PartEntry, catalog: Catalog, blocks: Callable[[int], Sequence[str] | None]
+    entry: PartEntry,
+    catalog: Catalog,
+    blocks: Callable[[int], Sequence[str] | None],
+    *,
+    info: SetInfo | None,
 ) -> list[Problem]:
     """Compare the blocks of a rank file with those that its record lists.
 
-    `blocks` gives those of a row of `catalog`; None for a tensor that was not read.
+    `blocks` gives those of a row of `catalog`; None for a tensor that was not read. `info` tells
+    what mends the file.
     """
     problems = []
     rows = np.flatnonzero(catalog.file == catalog.files.index(entry.name)).tolist()
@@ -441,7 +454,9 @@ def block_problems(
         for number, (want, have) in enumerate(zip(expected, found, strict=True)):
             if want != have:
                 begin = tensor.begin + number * BLOCK_BYTES
-                text = f"block {number} has digest {have}, expected {want}; {remedy(entry.name)}"
+                text = (
+                    f"block {number} has digest {have}, expected {want}; {remedy(info, entry.name)}"
+                )
                 end = min(begin + BLOCK_BYTES, tensor.end)
                 problems.append(Problem(entry.name, tensor.name, text, "digest", begin, end))
     return problems

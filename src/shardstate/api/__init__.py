@@ -1,10 +1,12 @@
 """Each operation: open, plan, execute. Owns every default; the command line only calls this."""
 
+from shardstate.api.benching import bench
 from shardstate.api.caching import cache_list, cache_prune
 from shardstate.api.checking import verify
 from shardstate.api.copying import copy
 from shardstate.api.loading import inspect, load, load_rank, plan
 from shardstate.api.planning import open_path as open  # noqa: A004
+from shardstate.api.signing import sign
 from shardstate.api.writing import MAX_PART_SIZE, parse_size, shard
 from shardstate.storage import TIMEOUT_SECONDS, Access
 
@@ -15,6 +17,7 @@ __all__ = [
     "MAX_PART_SIZE",
     "TIMEOUT_SECONDS",
     "Access",
+    "bench",
     "cache_list",
     "cache_prune",
     "copy",
@@ -25,5 +28,6 @@ __all__ = [
     "parse_size",
     "plan",
     "shard",
+    "sign",
     "verify",
 ]

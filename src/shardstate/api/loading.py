@@ -30,11 +30,14 @@ from shardstate.engine import Progress, execute
 from shardstate.errors import (
     DamageError,
     DigestError,
+    OutOfMemory,
     UsageError,
 )
 from shardstate.report import Phases, Problem, Report
+from shardstate.signing import checking_key
 from shardstate.storage import Access
 from shardstate.targets import MemoryTarget, StoredDigests, allocate
+from shardstate.trust import require_signature
 from shardstate.verify import block_problems
 
 _log = logging.getLogger("shardstate")
@@ -157,6 +160,7 @@ def load(
     dtype: str = "keep",
     pattern: str | None = None,
     verify: bool = False,
+    key: str | os.PathLike[str] | None = None,
     map: bool = False,  # noqa: A002
     access: Access | None = None,
 ) -> dict[str, np.ndarray]:
@@ -165,6 +169,8 @@ def load(
     Sub-byte types come packed, as flat arrays of uint8. Alias names share one array. From an
     ordinary checkpoint, `tp` says among how many ranks it is shared, and only what `rank` needs is
     read. `verify` compares digests while reading (sets of ours only) and raises `DamageError`.
+    `key`, a file with an Ed25519 key, does so too and wants the set signed by it
+    (`SignatureError`).
 
     `map` reads nothing: arrays lie over a private mapping of the rank's files (of sets, on a local
     disk). Writing to them never reaches a file. Whoever truncates a mapped file kills the process
@@ -181,6 +187,7 @@ def load(
         dtype=dtype,
         pattern=pattern,
         verify=verify,
+        key=key,
         map=map,
         access=access,
     )[0]
@@ -198,6 +205,7 @@ def load_rank(
     dtype: str = "keep",
     pattern: str | None = None,
     verify: bool = False,
+    key: str | os.PathLike[str] | None = None,
     map: bool = False,  # noqa: A002
     threads: int | None = None,
     access: Access | None = None,
@@ -205,11 +213,15 @@ def load_rank(
 ) -> tuple[dict[str, np.ndarray], Report]:
     """Do what `load` does, and return the report as well."""
     request = Request(tp=tp or 1, pp=pp, rules=rules, dtype=dtype, engine_args=engine_args)
+    public = checking_key(key) if key is not None else None
+    verify = verify or public is not None
     with _damage_where(verify):
         phases = Phases()
         with open_path(path, pattern=pattern, access=access) as checkpoint:
             workers = threads or checkpoint.storage.traits.read_threads
             with phases("open"):
+                if public is not None:
+                    require_signature(checkpoint, public)
                 report = describe_checkpoint(checkpoint)
                 if verify and checkpoint.kind != "shardstate":
                     raise UsageError(
@@ -240,21 +252,25 @@ def load_rank(
                     notes.append(f"nothing vouches for the bytes of {checkpoint.location}")
             with phases("read"):
                 catalog = made.plan.catalog
-                arrays = _mapped(checkpoint, catalog) if map else allocate(made.plan.tensors)
+                with _memory_for(checkpoint, rank, report):
+                    arrays = _mapped(checkpoint, catalog) if map else allocate(made.plan.tensors)
                 digests = stored_digests(made.plan.catalog) if verify else None
                 target = MemoryTarget(
                     [array.reshape(-1).view(np.uint8) for array in arrays.values()], digests=digests
                 )
-                counters = execute(
-                    reads,
-                    storage=checkpoint.storage,
-                    target=target,
-                    threads=workers,
-                    progress=progress,
-                    fills_memory=True,
-                )
+                with _memory_for(checkpoint, rank, report):
+                    counters = execute(
+                        reads,
+                        storage=checkpoint.storage,
+                        target=target,
+                        threads=workers,
+                        progress=progress,
+                        fills_memory=True,
+                    )
+                checkpoint.check_unchanged(catalog.files)
                 write_counted(report, counters)
                 problems = check_blocks(checkpoint, digests, rank) if digests is not None else ()
+                report.hashing = digests.seconds if digests is not None else None
                 stored = checkpoint.kind == "shardstate"
                 for group in checkpoint.record(rank).aliases if stored else made.aliases:
                     arrays |= {name: arrays[group[0]] for name in group if group[0] in arrays}
@@ -265,6 +281,18 @@ def load_rank(
         report.notes = tuple(notes) or None
         log_loaded(report, rank=rank, verify=verify, way=f"layout={report.layout}")
         return arrays, report
+
+
+@contextmanager
+def _memory_for(checkpoint: Checkpoint, rank: int, report: Report) -> Iterator[None]:
+    """Say of a MemoryError what did not fit."""
+    try:
+        yield
+    except MemoryError as error:
+        raise OutOfMemory(
+            f"{checkpoint.location}: rank {rank} takes {report.bytes} bytes, and memory ran out; "
+            f"free some, or share it among more ranks"
+        ) from error
 
 
 @contextmanager
@@ -304,7 +332,7 @@ def check_blocks(checkpoint: Checkpoint, digests: StoredDigests, rank: int) -> t
     return tuple(
         problem
         for entry in checkpoint.record(rank).files
-        for problem in block_problems(entry, catalog, digests.blocks)
+        for problem in block_problems(entry, catalog, digests.blocks, info=checkpoint.info)
     )
 
 
@@ -318,6 +346,11 @@ def raise_damage(report: Report) -> None:
         file=first.file,
         report=report,
     )
+
+
+def _cost(report: Report) -> str:
+    """Return what comparing digests took, for the log line: thread seconds, within `read`."""
+    return "" if report.hashing is None else f" hashing={report.hashing:.3f}"
 
 
 def log_loaded(
@@ -338,5 +371,5 @@ def log_loaded(
         ",".join(f"{name}:{seconds:.3f}" for name, seconds in (report.phases or {}).items()),
         report.gbps or 0.0,
         report.materialised or 0,
-        "yes" if verify else "no",
+        "no" if not verify else "yes" + _cost(report),
     )

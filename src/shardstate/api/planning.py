@@ -45,12 +45,14 @@ from shardstate.sharding import (
     parse_rules,
 )
 from shardstate.storage import Access, LocalStorage, is_address, storage_at
+from shardstate.storage.adaptive import MOST_THREADS
 from shardstate.storage.local import mapped_errors
+from shardstate.trust import own_digest
 
 _log = logging.getLogger("shardstate")
 
 PIECE_BYTES = BLOCK_BYTES  # so that pieces of contiguous tensors are whole digest blocks
-READ_BYTES = 2 * PIECE_BYTES
+READ_BYTES = PIECE_BYTES
 MEMORY_BYTES = 256 << 20  # beyond the destination, for all threads together
 _GRAIN_BYTES = 64 << 10
 _MAX_RULES_BYTES = 16 << 20
@@ -92,6 +94,7 @@ def describe_checkpoint(checkpoint: Checkpoint) -> Report:
         topology=sizes_of(checkpoint.topology),
         set=checkpoint.set_id,
         committed=checkpoint.committed,
+        digest=own_digest(checkpoint.manifest_bytes) if checkpoint.manifest is not None else None,
         materialised=0,
         materialised_bytes=0,
     )
@@ -208,13 +211,16 @@ def reads_of(
     in_dest_order: bool = False,
     wanted: Sequence[frozenset[int]] | None = None,
     max_gap_bytes: int = LocalStorage.traits.max_gap_bytes,
+    chunk_bytes: int | None = None,
 ) -> list[Read]:
     """Return the reads of `plans` for so many threads that their memory keeps to the budget.
 
     A thread holds what it reads, and as much again when that is moved, cast or grows by a cast.
+    While storages choose, as many as `MOST_THREADS` may be at work.
     """
-    share = MEMORY_BYTES // (4 * threads)
-    read_bytes = min(READ_BYTES, max(share // _GRAIN_BYTES, 1) * _GRAIN_BYTES)
+    share = MEMORY_BYTES // (4 * max(threads, MOST_THREADS))
+    most = min(chunk_bytes or READ_BYTES, READ_BYTES)
+    read_bytes = min(most, max(share // _GRAIN_BYTES, 1) * _GRAIN_BYTES)
     return plan_reads(
         plans,
         in_dest_order=in_dest_order,
@@ -249,6 +255,7 @@ def write_planned(
 def write_counted(report: Report, counters: Counters) -> None:
     """Put what an execution did in the place of what was planned."""
     report.bytes_read, report.requests = counters.bytes_read, counters.requests
+    report.bytes_cached = counters.bytes_cached
     report.peak_extra_bytes = counters.peak_extra_bytes
 
 

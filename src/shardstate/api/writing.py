@@ -26,6 +26,7 @@ from shardstate.coalesce import Read
 from shardstate.commit import SetWriter, companions_of
 from shardstate.engine import Progress, execute
 from shardstate.errors import (
+    ChangedFile,
     InputError,
     TargetError,
     UsageError,
@@ -285,8 +286,11 @@ def _write(
         )
     write_counted(report, counters)
     report.bytes_written = sum(part.nbytes - len(part.header) for each in rest for part in each)
-    if _identity(source, files) != identity:
-        raise InputError(f"{source.location}: its files changed while they were read; run it again")
+    if changed := sorted(set(_identity(source, files)) ^ set(identity)):
+        name = changed[0][0]
+        raise ChangedFile(
+            f"{source.location}/{name}: changed while it was read; run it again", file=str(name)
+        )
     for rank in ranks:
         plan = made[rank].plan
         writer.finish_rank(

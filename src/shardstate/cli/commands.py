@@ -176,6 +176,9 @@ _dtype = click.option(
     show_default=True,
     help="Convert every tensor of plain floats.",
 )
+_key = click.option(
+    "--key", metavar="FILE", help="Ed25519 key that must have signed the set (PEM or OpenSSH)."
+)
 _pattern = click.option(
     "--pattern", metavar="P", help=f"Names of rank files  [default: {DEFAULT_PATTERN}]"
 )
@@ -250,6 +253,7 @@ def shard(src: str, dst: str, **arguments: Any) -> Report:
 @_dtype
 @_pattern
 @click.option("--verify", is_flag=True, help="Compare digests while reading.")
+@_key
 @_common
 def load(path: str, **arguments: Any) -> Report:
     """Read one rank into memory and time it: from a set, or from an ordinary checkpoint."""
@@ -262,10 +266,43 @@ def load(path: str, **arguments: Any) -> Report:
 @click.option("--against", metavar="SRC", help="Compare with the source; implies --full.")
 @click.option("--ranks", type=_ranks, metavar="R,…", help="Check these ranks only: 0,3 or 0-3.")
 @_pattern
+@click.option(
+    "--repair",
+    is_flag=False,
+    flag_value="",
+    metavar="[SRC]",
+    help="Make damaged files again: from SRC, the source or another copy of the set; without SRC "
+    "from the source that is recorded. Implies --full.",
+)
+@_key
+@click.option("--digest", metavar="HEX", help="What the manifest's digest must be.")
 @_common
 def verify(path: str, **arguments: Any) -> Report:
     """Check sizes, names, headers and digests of PATH; list all problems."""
-    return api.verify(path, **arguments)
+    repair = arguments.pop("repair")
+    return api.verify(path, repair=False if repair is None else repair or True, **arguments)
+
+
+@cli.command()
+@_path()
+@click.option("--key", metavar="FILE", required=True, help="Private Ed25519 key (PEM or OpenSSH).")
+@_common
+def sign(path: str, key: str, access: api.Access, **_: Any) -> Report:
+    """Sign the set in PATH: its manifest, which covers every file. Data are not hashed."""
+    return api.sign(path, key=key, access=access)
+
+
+@cli.command()
+@_path()
+@click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True)
+@click.option(
+    "--max-size", default="2GB", show_default=True, metavar="SIZE", help="Read no more than this."
+)
+@click.option("--plot", metavar="FILE.svg", help="Draw the figures.")
+@_common
+def bench(path: str, **arguments: Any) -> Report:
+    """Measure reading PATH here: this engine, safetensors, and the raw limits; warm and cold."""
+    return api.bench(path, **arguments)
 
 
 @cli.command()

@@ -36,6 +36,8 @@ def _render(console: Console, command: str, arguments: Mapping[str, Any], report
         "load": _load,
         "verify": _verify,
         "copy": _copy,
+        "bench": _bench,
+        "sign": _sign,
         "list": _cache,
         "prune": _cache,
     }[command](console, arguments, report)
@@ -87,6 +89,8 @@ def _inspect(console: Console, arguments: Mapping[str, Any], report: Report) -> 
     console.print(f"[bold]{escape(str(arguments['path']))}[/bold]: {_headline(report)}")
     if report.set:
         console.print(f"set {report.set}")
+    if report.digest:
+        console.print(f"digest {report.digest}")
     console.print(
         f"{count(report.tensors, 'tensor')}, {size(report.bytes)} in {count(report.files, 'file')}"
         + (f", {size(report.padding_bytes)} of it padding" if report.padding_bytes else "")
@@ -195,7 +199,7 @@ def _load(console: Console, arguments: Mapping[str, Any], report: Report) -> Non
         f"{report.gbps or 0:.2f}",
     )
     console.print(table)
-    if arguments.get("verify"):
+    if arguments.get("verify") or arguments.get("key"):
         console.print("all digests agree")
 
 
@@ -222,10 +226,12 @@ def _verify(console: Console, arguments: Mapping[str, Any], report: Report) -> N
         what = "the structure is sound"
     elif arguments.get("against"):
         what = f"all digests agree, and every byte comes from {escape(str(arguments['against']))}"
-    elif arguments.get("full"):
+    elif arguments.get("full") or arguments.get("repair") is not None:
         what = "all digests agree"
     else:
         what = "files, headers and records agree; --full hashes the data too"
+    if arguments.get("key"):
+        what += f"; signed by key {report.signed_by}"
     console.print(f"[bold]{path}[/bold]: {what} ({looked}; {_seconds(report, 'read')})")
 
 
@@ -239,6 +245,33 @@ def _copy(console: Console, arguments: Mapping[str, Any], report: Report) -> Non
         f"wrote {size(report.bytes_written)} in {_seconds(report, 'write')}: "
         f"{report.gbps or 0:.2f} GB/s, {digests}"
     )
+
+
+def _bench(console: Console, arguments: Mapping[str, Any], report: Report) -> None:
+    console.print(
+        f"[bold]{escape(str(arguments['path']))}[/bold]: {size(report.bytes)} in "
+        f"{count(report.tensors, 'tensor')}, into memory that was touched before"
+    )
+    for state in ("warm", "cold"):
+        table = _table(state, "GB/s", "lowest", "highest")
+        for each in report.measured or ():
+            if each["state"] == state:
+                figures = (each[key] for key in ("gbps", "gbps_min", "gbps_max"))
+                table.add_row(escape(each["name"]), *(f"{value:.2f}" for value in figures))
+        if table.row_count:
+            console.print()
+            console.print(table)
+    console.print()
+
+
+def _sign(console: Console, arguments: Mapping[str, Any], report: Report) -> None:
+    if report.problems:
+        _verify(console, arguments, report)
+        return
+    console.print(
+        f"[bold]{escape(str(arguments['path']))}[/bold]: signed by key {report.signed_by}"
+    )
+    console.print(f"digest {report.digest}")
 
 
 def _seconds(report: Report, phase: str) -> str:

@@ -1,6 +1,15 @@
 """Storages: bytes by name and range, in a local directory, an object store or behind https."""
 
-from shardstate.storage.base import Entry, Output, Storage, Traits, Writable
+from shardstate.storage.base import (
+    Entry,
+    Output,
+    PlainReader,
+    Reader,
+    Reading,
+    Storage,
+    Traits,
+    Writable,
+)
 from shardstate.storage.hub import HubStorage
 from shardstate.storage.local import LocalStorage
 from shardstate.storage.locate import (
@@ -11,6 +20,7 @@ from shardstate.storage.locate import (
     revision_of,
     storage_at,
     writable_at,
+    writable_in_place,
 )
 
 __all__ = [
@@ -20,6 +30,9 @@ __all__ = [
     "HubStorage",
     "LocalStorage",
     "Output",
+    "PlainReader",
+    "Reader",
+    "Reading",
     "Storage",
     "Traits",
     "Writable",
@@ -28,4 +41,5 @@ __all__ = [
     "revision_of",
     "storage_at",
     "writable_at",
+    "writable_in_place",
 ]

@@ -33,6 +33,52 @@ class Traits:
     remote: bool  # whether a cache in front of it makes sense
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reading:
+    """What a caller decides of how to read; None leaves it to the storage."""
+
+    threads: int | None = None  # reads in flight
+    direct: bool | None = None  # past the page cache, or through it
+    chunk_bytes: int | None = None  # the most that one request asks for
+
+
+class Reader(Protocol):
+    """Reads for one execution; it may choose the way while it runs, from what it sees."""
+
+    threads: int  # the most reads that it ever wants in flight
+
+    @property
+    def limit(self) -> int:
+        """How many reads are to be in flight now."""
+        ...
+
+    def read_into(self, name: str, begin: int, views: Sequence[memoryview]) -> int:
+        """Do what the storage's `read_into` does; return how many bytes a cache here held."""
+        ...
+
+    def close(self) -> None:
+        """Release what was opened for this execution."""
+        ...
+
+
+class PlainReader:
+    """Reads as the storage does, always with the same number of reads in flight."""
+
+    def __init__(self, storage: Storage, threads: int) -> None:
+        self._storage, self.threads = storage, threads
+
+    @property
+    def limit(self) -> int:
+        return self.threads
+
+    def read_into(self, name: str, begin: int, views: Sequence[memoryview]) -> int:
+        self._storage.read_into(name, begin, views)
+        return 0
+
+    def close(self) -> None:
+        pass
+
+
 class Storage(Protocol):
     """Read side. All methods may be called from several threads."""
 
@@ -66,6 +112,13 @@ class Storage(Protocol):
         """Fill `views`, one after the other, with the file's bytes from `begin` on.
 
         All of them or `TruncatedFile`.
+        """
+        ...
+
+    def reader(self, threads: int) -> Reader:
+        """Return what reads for one execution.
+
+        `threads` is how many reads are best in flight where nothing has to be waited for.
         """
         ...
 

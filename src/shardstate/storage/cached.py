@@ -20,7 +20,7 @@ from blake3 import blake3
 from shardstate.digest import digest_of
 from shardstate.errors import InputError
 from shardstate.names import OURS
-from shardstate.storage.base import Entry, Storage, Traits
+from shardstate.storage.base import Entry, PlainReader, Storage, Traits
 from shardstate.storage.local import mapped_errors
 
 _log = logging.getLogger("shardstate")
@@ -200,6 +200,9 @@ class CachedStorage:
                 listed = self._storage.entries().values()
                 self._keys = {entry.name: cache_key(self.location, entry) for entry in listed}
             return self._keys.get(name)
+
+    def reader(self, threads: int) -> PlainReader:
+        return PlainReader(self, threads)
 
     def expect(self, files: Mapping[str, int]) -> None:
         self._storage.expect(files)

@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 
 from shardstate.errors import (
-    InputError,
+    ChangedFile,
     PathNotFound,
     ShardStateError,
     StorageError,
@@ -189,7 +189,7 @@ def error_of(fault: Fault, *, what: str, where: str, name: str | None) -> ShardS
         case "missing":
             return PathNotFound(f"{message}; {fault.advice}", file=name)
         case "changed":
-            return InputError(
+            return ChangedFile(
                 f"{where}: changed since it was opened: it is being replaced, or was; "
                 f"read it again when that is done",
                 file=name,

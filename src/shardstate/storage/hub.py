@@ -27,7 +27,7 @@ from shardstate.errors import (
     Unreachable,
     UsageError,
 )
-from shardstate.storage.base import Entry
+from shardstate.storage.base import Entry, PlainReader
 from shardstate.storage.cached import RangeCache, cache_key
 from shardstate.storage.clients import Address
 from shardstate.storage.local import LocalStorage, mapped_errors
@@ -184,6 +184,9 @@ class HubStorage:
         else:
             key = cache_key(self.location, entry)
             self._kept.read_into(key, begin, views, partial(self._reader().read_into, name))
+
+    def reader(self, threads: int) -> PlainReader:
+        return PlainReader(self, threads)
 
     def expect(self, files: Mapping[str, int]) -> None:
         """Fetch files of which nearly all is about to be read."""

@@ -23,7 +23,8 @@ import numpy as np
 
 from shardstate.errors import InputError, PathNotFound, StorageError, TargetBusy, TruncatedFile
 from shardstate.names import temporary_name
-from shardstate.storage.base import Entry, Traits
+from shardstate.storage.adaptive import AdaptiveReader
+from shardstate.storage.base import Entry, Reading, Traits
 
 _log = logging.getLogger("shardstate")
 
@@ -67,9 +68,13 @@ class LocalStorage:
     # Two threads reach what a disk gives through the page cache; writing adds hashing and fsync.
     traits = Traits(read_threads=2, write_threads=4, max_gap_bytes=256 << 10, remote=False)
 
-    def __init__(self, path: str | os.PathLike[str], *, create: bool = False) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], *, create: bool = False, reading: Reading | None = None
+    ) -> None:
         self.location = os.path.abspath(os.fspath(path))
+        self.reading = reading or Reading()
         self._lock = threading.Lock()
+        self.opening = threading.Lock()  # of what a reader opens
         self._open: dict[str, int] = {}
         with mapped_errors("open the directory", self.location):
             if create:
@@ -141,14 +146,28 @@ class LocalStorage:
             with mapped_errors("read", self._path(name), name=name):
                 count = os.preadv(fd, pending[:_IOV_MAX], at)
             if not count:
-                rest = sum(view.nbytes for view in pending)
-                raise TruncatedFile(
-                    f"{self._path(name)}: ends at byte {at}, {rest} more were planned; "
-                    f"it was truncated: fetch it again",
-                    file=name,
-                )
+                raise self.truncated(name, at, sum(view.nbytes for view in pending))
             at += count
             pending = _rest(pending, count)
+
+    def truncated(self, name: str, end: int, lacking: int) -> TruncatedFile:
+        """Return the error for a file that ends at byte `end`, before all was read."""
+        return TruncatedFile(
+            f"{self._path(name)}: ends at byte {end}, {lacking} more were planned; "
+            f"it was truncated: fetch it again",
+            file=name,
+        )
+
+    def mapped(self, name: str) -> contextlib.AbstractContextManager[None]:
+        """Turn an OSError of reading `name` into one of ours."""
+        return mapped_errors("read", self._path(name), name=name)
+
+    def descriptor(self, name: str) -> int:
+        """Return the descriptor of a regular file; it is closed with the storage."""
+        return self._fd(name)
+
+    def reader(self, threads: int) -> AdaptiveReader:
+        return AdaptiveReader(self, threads)
 
     def map(self, name: str) -> np.ndarray:
         fd = self._fd(name)

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import cast
 
 from shardstate.errors import InputError, PathNotFound, UsageError
 from shardstate.storage.base import Storage, Writable
@@ -104,6 +105,13 @@ def writable_at(path: str | os.PathLike[str], access: Access, *, outputs: int) -
 def _check_given(text: str) -> None:
     if not text:
         raise UsageError("the path is empty; give a directory or an address")
+
+
+def writable_in_place(path: str | os.PathLike[str], access: Access) -> Writable:
+    """Return the storage at `path`, where something is already that is to be changed a little."""
+    if is_address(path):
+        return writable_at(path, access, outputs=1)
+    return cast(Writable, storage_at(path, access))
 
 
 def location_of(path: str | os.PathLike[str]) -> str:

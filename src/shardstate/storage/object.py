@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from shardstate.errors import UsageError
-from shardstate.storage.base import Entry, Traits
+from shardstate.storage.base import Entry, PlainReader, Traits
 from shardstate.storage.clients import Address, Limits, connect
 from shardstate.storage.reading import ObjectReader, entry_of
 from shardstate.storage.uploads import ObjectOutput, Uploads
@@ -89,6 +89,9 @@ class ObjectStorage:
         raise UsageError(
             f"{self.location}: only files on a local disk can be mapped; leave map out"
         )
+
+    def reader(self, threads: int) -> PlainReader:
+        return PlainReader(self, threads)
 
     def expect(self, files: Mapping[str, int]) -> None:
         pass

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from shardstate.errors import InputError, PathNotFound, ShardStateError, TruncatedFile
+from shardstate.errors import ChangedFile, InputError, PathNotFound, ShardStateError, TruncatedFile
 from shardstate.storage.base import Entry, Traits
 from shardstate.storage.clients import Address, Limits, connect, endpoint_of
 from shardstate.storage.faults import SlowAnswer
@@ -180,7 +180,7 @@ class ObjectReader:
         return error
 
     def _changed(self, name: str) -> InputError:
-        return InputError(
+        return ChangedFile(
             f"{self.where(name)}: changed since it was opened: it is being replaced, or was; read "
             f"it again when that is done",
             file=name,

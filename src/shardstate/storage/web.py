@@ -14,7 +14,7 @@ import numpy as np
 
 from shardstate.errors import PathNotFound, UsageError
 from shardstate.names import CONFIG, MANIFEST, SIGNATURE, record_name
-from shardstate.storage.base import Entry, Traits
+from shardstate.storage.base import Entry, PlainReader, Traits
 from shardstate.storage.clients import Address
 from shardstate.storage.reading import ObjectReader
 
@@ -113,6 +113,9 @@ class WebStorage:
         raise UsageError(
             f"{self.location}: only files on a local disk can be mapped; leave map out"
         )
+
+    def reader(self, threads: int) -> PlainReader:
+        return PlainReader(self, threads)
 
     def expect(self, files: Mapping[str, int]) -> None:
         pass

@@ -31,12 +31,14 @@ from shardstate.errors import LoadError, UsageError
 from shardstate.layout import Move, canonical
 from shardstate.plan import Copy, Plan, make_plan
 from shardstate.report import Phases, Report
+from shardstate.signing import checking_key
 from shardstate.storage import Access
 from shardstate.torch.aliases import alias_of, equal_groups
 from shardstate.torch.backends import BACKENDS, fill
 from shardstate.torch.ranks import Place, in_group, place_of
 from shardstate.torch.staging import target_for
 from shardstate.torch.tensors import check_plain, is_writable, loops_of, stored_shape, tag_of
+from shardstate.trust import require_signature
 
 _log = logging.getLogger("shardstate")
 
@@ -55,6 +57,7 @@ def load_model(
     cast: bool = False,
     allow_padding: bool | None = None,
     verify: bool = False,
+    key: str | os.PathLike[str] | None = None,
     backend: str = "native",
     progress: Progress | None = None,
     access: Access | None = None,
@@ -70,14 +73,19 @@ def load_model(
     tensor smaller than its parameter goes into the leading corner, with a warning, where the set is
     known to be made for the same topology; `allow_padding` True allows it anywhere, False nowhere.
     `cast` converts between plain float dtypes. `verify` compares digests while reading: damage is
-    raised (`DamageError`) after the last byte, and the parameters must not be used then.
+    raised (`DamageError`) after the last byte, and the parameters must not be used then. `key`, a
+    file with an Ed25519 key, does so too and wants the set signed by it (`SignatureError`).
 
     `backend`: "native"; "safetensors" or "runai" read whole rank files their way.
     """
     if backend != "native" and backend not in BACKENDS:
         raise UsageError(f"backend {backend!r}: expected native, {' or '.join(BACKENDS)}")
     phases = Phases()
+    public = checking_key(key) if key is not None else None
+    verify = verify or public is not None
     with open_path(path, pattern=pattern, access=access) as checkpoint:
+        if public is not None:
+            require_signature(checkpoint, public)
         place = _place(checkpoint, rank=rank, tp=tp, pp_rank=pp_rank, pp=pp)
         _check_arguments(checkpoint, place, tp, allow_padding, verify, backend)
         report = load_place(
@@ -151,8 +159,10 @@ def load_place(
             write_counted(report, counters)
             if digests is not None:
                 report.problems = check_blocks(checkpoint, digests, index)
+                report.hashing = digests.seconds
         else:
             fill(backend, checkpoint, made.plan.catalog, fit.goals)
+        checkpoint.check_unchanged(made.plan.catalog.files)
         for goal, twin in fit.twins:
             goal.copy_(twin)
     phases.finish(report, main="read")

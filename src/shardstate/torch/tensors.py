@@ -12,7 +12,7 @@ from shardstate.dtypes import DTYPES
 from shardstate.errors import InputError, TruncatedFile, UsageError
 from shardstate.layout import Loop, Shape, strides_of
 from shardstate.plan import Plan, plan_identity
-from shardstate.storage import Entry, LocalStorage
+from shardstate.storage import Entry, LocalStorage, PlainReader
 
 TAGS = {
     getattr(torch, dtype.torch): tag
@@ -135,6 +135,9 @@ class TensorStorage:
                 goal[: len(raw)] = raw.cpu().numpy()
                 goal = goal[len(raw) :]
             begin = end
+
+    def reader(self, threads: int) -> PlainReader:
+        return PlainReader(self, threads)
 
     def map(self, name: str) -> np.ndarray:
         raise UsageError(f"{name}: lies in memory already")

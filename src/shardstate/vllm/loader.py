@@ -18,16 +18,19 @@ from vllm.config import get_current_vllm_config
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
+from shardstate.api.checking import check_data
 from shardstate.api.loading import log_loaded
 from shardstate.checkpoint import Checkpoint, find_parts, open_checkpoint
 from shardstate.engine import Progress
 from shardstate.errors import DamageError, InputError, ShardStateError, UsageError
 from shardstate.names import MANIFEST, record_rank
 from shardstate.report import Phases, Report
+from shardstate.signing import checking_key
 from shardstate.storage import Access, HubStorage, LocalStorage, Storage, is_address, storage_at
 from shardstate.torch.loading import load_place
 from shardstate.torch.recorder import Recorder
 from shardstate.torch.saving import save_model
+from shardstate.trust import require_signature
 from shardstate.vllm.cache import Cache, Entry
 from shardstate.vllm.facts import check_engine
 from shardstate.vllm.parallel import place_of, rank_of
@@ -92,12 +95,19 @@ class ShardedStateLoader(BaseModelLoader):
         """
         config = get_current_vllm_config()
         phases = Phases()
+        public = None if self.settings.key is None else checking_key(self.settings.key)
         storage = self._storage(model_config)
         try:
             if _is_set(storage, self.settings.pattern):
                 checkpoint = open_checkpoint(storage, pattern=self.settings.pattern)
+                if public is not None:
+                    require_signature(checkpoint, public)
                 if checkpoint.stage == "checkpoint":
                     rank = rank_of(config)
+                    if self._verify:
+                        # Pieces of any rank are read in any order, so all are hashed beforehand.
+                        with phases("verify"):
+                            check_data(checkpoint, threads=self._threads(storage))
                     weights = restored_weights(
                         checkpoint, prefer=rank, threads=self._threads(storage)
                     )
@@ -105,6 +115,11 @@ class ShardedStateLoader(BaseModelLoader):
                 else:
                     self._load_set(model, model_config, config, checkpoint, phases)
                 return
+            if public is not None:
+                raise UsageError(
+                    f"{storage.location}: is no set of shardstate and cannot be signed, and a key "
+                    f"is required; leave key out, or shard it and sign that"
+                )
             self._load_ordinary(model, self._at_source(model_config), config, phases, storage)
         except InputError as error:
             raise error.located(storage.location) from None
@@ -174,6 +189,7 @@ class ShardedStateLoader(BaseModelLoader):
                 "shardstate: nothing vouches for the bytes of %s, which vLLM saved after it had "
                 "processed the weights", checkpoint.location,
             )  # fmt: skip
+        verify = self._verify and checkpoint.kind == "shardstate"
         with _progress_bar(self.load_config, rank_of(config)) as progress:
             report = load_place(
                 model,
@@ -183,14 +199,14 @@ class ShardedStateLoader(BaseModelLoader):
                 strict=settings.strict,
                 cast=False,
                 allow_padding=None,
-                verify=settings.verify and checkpoint.kind == "shardstate",
+                verify=verify,
                 backend=settings.backend,
                 threads=self._threads(checkpoint.storage),
                 progress=progress,
                 phases=phases,
             )
         way = f"layout={report.layout} set={report.set}"
-        log_loaded(report, rank=rank_of(config), verify=settings.verify, way=way, mode=mode)
+        log_loaded(report, rank=rank_of(config), verify=verify, way=way, mode=mode)
 
     def _load_ordinary(
         self,
@@ -268,6 +284,7 @@ class ShardedStateLoader(BaseModelLoader):
         with phases("read"), _progress_bar(self.load_config, rank) as progress:
             weights.progress = progress
             report.bytes = recorder.flush()
+            weights.check_unchanged()
         with phases("check"):
             track(default, model, model_config, loaded)
         made = recorder.materialised
@@ -280,11 +297,17 @@ class ShardedStateLoader(BaseModelLoader):
             if not made.operations
             else f"layout=vllm opaque={','.join(sorted(made.operations))}"
         )
-        log_loaded(report, rank=rank, verify=False, way=way, mode="recorded")
+        verified = self._verify and "verify" in phases.seconds
+        log_loaded(report, rank=rank, verify=verified, way=way, mode="recorded")
         if entry is not None:
             entry.keep(rank, recorder, model)
 
     # What it loads from
+
+    @property
+    def _verify(self) -> bool:
+        """Whether digests are compared; a signature vouches for nothing else."""
+        return self.settings.verify or self.settings.key is not None
 
     def _threads(self, storage: Storage) -> int:
         return self.settings.threads or storage.traits.read_threads

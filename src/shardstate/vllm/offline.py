@@ -110,7 +110,7 @@ class VllmPlanner:
         assert self._checkpoint.catalog is not None
         stored = self._checkpoint.storage
         threads = stored.traits.read_threads
-        nothing = Weights(stored, self._checkpoint.catalog, [], threads)
+        nothing = Weights(stored, self._checkpoint.catalog, [], threads, {})
         recorder = Recorder(nothing.catalog, nothing.read, offline=True)
         with recorder, set_default_torch_dtype(model_config.dtype), torch.device("cpu"):
             model = initialize_model(self._config)

@@ -19,6 +19,7 @@ class Settings:
     store_options: Mapping[str, str] | None = None  # of object stores; may be secrets
     cache: str | None = None  # a directory that keeps shards for the next start
     verify: bool = False  # compare digests while reading a set of ours
+    key: str | None = None  # a file with the Ed25519 key that must have signed the set
     strict: bool = True  # missing and unexpected names, another engine version: an error
     threads: int | None = None  # that read at once
     direct: bool = False  # past the page cache
@@ -32,6 +33,7 @@ _KINDS: Mapping[str, tuple[type, str]] = {
     "timeout": (float, "seconds, more than 0"),
     "store_options": (dict, "an object of texts"),
     "verify": (bool, "true or false"),
+    "key": (str, "a text"),
     "strict": (bool, "true or false"),
     "threads": (int, "a number, 1 or more"),
     "direct": (bool, "true or false"),
@@ -68,5 +70,10 @@ def parse_settings(config: object) -> Settings:
     if settings.backend not in ("native", "safetensors", "runai"):
         raise UsageError(
             f"{where}: backend is {settings.backend!r}, expected {_KINDS['backend'][1]}"
+        )
+    if settings.backend != "native" and (settings.verify or settings.key is not None):
+        raise UsageError(
+            f"{where}: verify and key need backend native, which hashes what it reads; found "
+            f"backend {settings.backend!r}"
         )
     return settings

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
@@ -16,7 +16,13 @@ from vllm.model_executor.model_loader.weight_utils import filter_safetensors_fil
 
 from shardstate.api.planning import reads_of
 from shardstate.catalog import Catalog, catalog_of
-from shardstate.checkpoint import Checkpoint, ordinary_files, read_header, refuse_unlisted
+from shardstate.checkpoint import (
+    Checkpoint,
+    check_unchanged,
+    ordinary_files,
+    read_header,
+    refuse_unlisted,
+)
 from shardstate.compose import compose_plans
 from shardstate.engine import Progress, execute
 from shardstate.errors import CatalogError, SetError, ShardStateError
@@ -25,7 +31,7 @@ from shardstate.names import provenance_name
 from shardstate.plan import Plan, bytes_wanted
 from shardstate.provenance import parse_provenance
 from shardstate.restore import plan_source
-from shardstate.storage import LocalStorage, Storage
+from shardstate.storage import Entry, LocalStorage, Storage
 from shardstate.targets import Target
 from shardstate.torch.recorder import Recorder
 
@@ -45,6 +51,7 @@ class Weights:
     catalog: Catalog  # what the loading code is told of
     rows: list[int]  # of the catalog, in the order in which they are offered
     threads: int
+    seen: Mapping[str, Entry]  # the files, as they were before the first byte was read
     first: Plan | None = None  # what makes the catalog's tensors out of what is stored
     progress: Progress | None = None
     bytes_read: int = 0
@@ -55,6 +62,10 @@ class Weights:
         """Yield a stand-in for each."""
         for row in self.rows:
             yield self.catalog.names[row], recorder.offer(row)
+
+    def check_unchanged(self) -> None:
+        """Raise `ChangedFile` if a file is not there any more as it was."""
+        check_unchanged(self.storage, self.seen, self.seen)
 
     def read(self, plan: Plan, target: Target) -> None:
         """Carry out a plan over the catalog."""
@@ -110,6 +121,7 @@ def ordinary_weights(
     if nested := [name for name in names if os.path.basename(name) != name]:
         raise Unrecordable(f"{nested[0]} lies in a folder of its own")
     storage = LocalStorage(folder)
+    entries = storage.entries()
     headers = []
     for name in names:
         size, header, _ = read_header(storage, name)
@@ -122,7 +134,8 @@ def ordinary_weights(
         raise Unrecordable(str(error)) from None
     experts = default.local_expert_ids
     rows = [row for row in _order(catalog) if not should_skip_weight(catalog.names[row], experts)]
-    return Weights(storage, catalog, rows, threads)
+    seen = {name: entries[name] for name in names if name in entries}
+    return Weights(storage, catalog, rows, threads, seen)
 
 
 def remote_weights(
@@ -160,7 +173,8 @@ def remote_weights(
         for row in _order(catalog)
         if not should_skip_weight(catalog.names[row], experts) and not unused(catalog.names[row])
     ]
-    return Weights(storage, catalog, rows, threads)
+    seen = {name: names[name] for name in catalog.files}
+    return Weights(storage, catalog, rows, threads, seen)
 
 
 def weights_of(
@@ -206,7 +220,9 @@ def restored_weights(checkpoint: Checkpoint, *, prefer: int, threads: int) -> We
         first.tensors.names, first.tensors.dtypes, first.tensors.shapes,
         source.files, source.file_bytes, source.file, source.begin,
     )  # fmt: skip
-    return Weights(checkpoint.storage, catalog, list(_order(catalog)), threads, first)
+    files = [name for _, held in ranks for name in held.files]
+    seen = {name: checkpoint.seen[name] for name in files if name in checkpoint.seen}
+    return Weights(checkpoint.storage, catalog, list(_order(catalog)), threads, seen, first)
 
 
 def track(

@@ -198,6 +198,11 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     # Dispatch
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # Nothing is compiled in here; torch's guard against that costs a tenth of recording.
+        return False
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: _Args = (), kwargs: _Kwargs | None = None
     ) -> Any:

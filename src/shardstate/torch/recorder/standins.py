@@ -49,6 +49,8 @@ class Geometry(NamedTuple):
 
 def geometry_of(tensor: torch.Tensor) -> Geometry:
     """Return how `tensor` lies in its storage."""
+    if isinstance(tensor, Standin):
+        return tensor.geometry
     return Geometry(
         tuple(tensor.size()), tensor.stride(), int(tensor.storage_offset()), tensor.dtype
     )
@@ -64,6 +66,7 @@ class Standin(torch.Tensor):
     """A view of a `Memory`. A view of it, `detach` included, has none of its Python attributes."""
 
     memory: Memory
+    geometry: Geometry
     dispatch: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
 
     @staticmethod
@@ -78,7 +81,7 @@ class Standin(torch.Tensor):
         made: Standin = torch.Tensor._make_wrapper_subclass(
             cls, size, strides=stride, storage_offset=offset, dtype=dtype, device=device
         )
-        made.memory, made.dispatch = memory, dispatch
+        made.memory, made.geometry, made.dispatch = memory, geometry, dispatch
         return made
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]

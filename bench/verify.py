@@ -1,0 +1,98 @@
+"""How fast are `verify --full` and a load that verifies, beside a loop that reads and hashes?
+
+The loop is two threads, each of which reads 4 MiB and hashes it. 2.2 GB in one rank file, in the
+page cache (proven); parameters were written before. Rounds are interleaved; figures are medians of
+seconds. A ratio above 1 says that the loop is slower. Prints one JSON line.
+
+    python bench/verify.py [--rounds 7] [--work bench/out]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import statistics
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from blake3 import blake3
+
+import shardstate
+from checkpoint import make_llama
+from residency import warm
+from rounds import figures, machine, take_turns
+from shardstate.torch import load, load_model
+
+CHUNK = 4 << 20
+
+
+def hash_files(files: Sequence[Path], threads: int = 2) -> None:
+    """Read and hash all bytes, 4 MiB at a time."""
+    chunks = iter([(f, at) for f in files for at in range(0, f.stat().st_size, CHUNK)])
+    opened = {file: open(file, "rb", buffering=0) for file in files}  # noqa: SIM115
+    lock = threading.Lock()
+
+    def work() -> None:
+        room = bytearray(CHUNK)
+        while True:
+            with lock:
+                found = next(chunks, None)
+            if found is None:
+                return
+            count = os.preadv(opened[found[0]].fileno(), [room], found[1])
+            blake3(memoryview(room)[:count]).digest()
+
+    workers = [threading.Thread(target=work) for _ in range(threads)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    for file in opened.values():
+        file.close()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--work", type=Path, default=Path("bench/out"))
+    arguments = parser.parse_args()
+    logging.getLogger("shardstate").setLevel(logging.ERROR)
+    source, target = arguments.work / "llama-2.2GB", arguments.work / "tp1"
+    if not (source / "config.json").exists():
+        make_llama(source, nbytes=2_200_000_000, files=4)
+    shardstate.shard(source, target, tp=1, layout="rules")
+    files = sorted(target.glob("*.safetensors"))
+    goals = {name: torch.zeros_like(tensor) for name, tensor in load(target, rank=0).items()}
+    reports: list[shardstate.Report] = []
+    seconds = take_turns(
+        {
+            "verify --full": lambda: reports.append(shardstate.verify(target, full=True)),
+            "load_model, verify": lambda: load_model(goals, target, verify=True),
+            "loop of 2 threads": lambda: hash_files(files),
+        },
+        before=lambda: warm(files),
+        rounds=arguments.rounds,
+    )
+    assert not any(report.problems for report in reports)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    loop = medians.pop("loop of 2 threads")
+    nbytes = sum(file.stat().st_size for file in files)
+    result = {
+        "bench": "verify",
+        "bytes": nbytes,
+        "rounds": arguments.rounds,
+        "seconds": {name: figures(values) for name, values in seconds.items()},
+        "gbps": {name: round(nbytes / own / 1e9, 2) for name, own in medians.items()},
+        "ratio": {name: round(loop / own, 3) for name, own in medians.items()},
+        "peak_extra_bytes": max(report.peak_extra_bytes or 0 for report in reports),
+        "machine": machine(),
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

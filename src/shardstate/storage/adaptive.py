@@ -1,0 +1,198 @@
+"""Reads of local files that find out, while they run, which way is the fastest.
+
+What is in the page cache is read through it: nothing is cheaper. For the rest `Pacer` chooses how
+many reads are in flight, and whether they go past the page cache. While another process reads the
+same files, all go through it: then the disk delivers each byte about once for all of them, because
+whoever comes second finds it cached, or waits for the same page.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import logging
+import os
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from shardstate.storage.direct import DirectFile, alignment_of
+from shardstate.storage.pacing import Pacer, Way
+from shardstate.storage.residency import Probe, probe_of
+
+if TYPE_CHECKING:
+    from shardstate.storage.local import LocalStorage
+
+_log = logging.getLogger("shardstate")
+
+MOST_THREADS = 16
+_DIRECT = (Way(8, True), Way(4, True), Way(MOST_THREADS, True))
+_BUFFERED = (Way(2, False), Way(8, False))
+_MANY_HITS = 32  # reads in a row that found all cached: reading ahead does not do that
+_LOOK_SECONDS = 0.2  # how often others are looked for
+_PAGE = os.sysconf("SC_PAGESIZE")
+
+_learnt: dict[int, dict[Way, float]] = {}  # by device, for as long as the process lives
+
+
+class AdaptiveReader:
+    """Reads files of one local directory, for one execution."""
+
+    def __init__(self, storage: LocalStorage, threads: int) -> None:
+        reading = storage.reading
+        fixed, direct = reading.threads is not None, reading.direct
+        threads = reading.threads or threads
+        self._storage, self._threads, self._fixed = storage, threads, fixed
+        ways = [w for w in (*_DIRECT, *_BUFFERED) if direct is None or w.direct == direct]
+        if fixed:
+            ways = list(dict.fromkeys(Way(threads, way.direct) for way in ways))
+        self._ways, self._asked = ways, direct
+        self._pacer: Pacer | None = None
+        self._probes: dict[str, Probe | None] = {}
+        self._files: dict[str, DirectFile | None] = {}
+        self._hits = 0  # reads since the last one that found bytes that were not cached
+        self._announced: set[str] = set()  # files that others can see us read
+        self._looked = 0.0
+        self.threads = threads if fixed else max(threads, *(way.threads for way in ways))
+
+    @property
+    def limit(self) -> int:
+        """How many reads are to be in flight now."""
+        pacer = self._pacer
+        if self._fixed or pacer is None or self._hits >= _MANY_HITS:
+            return self._threads
+        return pacer.way.threads
+
+    def read_into(self, name: str, begin: int, views: Sequence[memoryview]) -> int:
+        """Fill `views`, one after the other, from byte `begin` on; return the bytes cached before.
+
+        All of them or `TruncatedFile`.
+        """
+        nbytes = sum(view.nbytes for view in views)
+        if not nbytes:
+            return 0
+        cached = self._cached(name, begin, begin + nbytes)
+        if self._asked is not True and cached is not None and cached > 0:
+            # Partly cached: past the cache it would be read twice.
+            self._hits = self._hits + 1 if cached == nbytes else 0
+            self._storage.read_into(name, begin, views)
+            if self._pacer is not None:  # perhaps it is there because we read ahead
+                self._pacer.done(self._pacer.way, nbytes, time.perf_counter())
+            return cached
+        self._hits = 0
+        pacer = self._pacer or self._paced(name)
+        self._look(pacer, name)
+        way = pacer.way
+        if not (way.direct and self._read_direct(name, begin, views)):
+            self._storage.read_into(name, begin, views)
+        pacer.done(way, nbytes, time.perf_counter())
+        return cached or 0
+
+    def close(self) -> None:
+        """Close what was opened for this execution."""
+        for file in self._files.values():
+            if file is not None:
+                os.close(file.fd)
+        self._files.clear()
+        for name in self._announced:
+            with contextlib.suppress(OSError):
+                fcntl.flock(self._storage.descriptor(name), fcntl.LOCK_UN)
+        self._announced.clear()
+
+    def _cached(self, name: str, begin: int, end: int) -> int | None:
+        if name not in self._probes:
+            fd = self._storage.descriptor(name)
+            with contextlib.suppress(OSError):
+                fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                self._announced.add(name)
+            with contextlib.suppress(OSError):
+                os.pread(fd, 1, 0)  # a probe must see this
+            self._probes[name] = probe_of(fd)
+        probe = self._probes[name]
+        try:
+            return None if probe is None else min(probe(begin, end), end - begin)
+        except OSError:
+            self._probes[name] = None
+            return None
+
+    def _paced(self, name: str) -> Pacer:
+        fd = self._storage.descriptor(name)
+        device = os.fstat(fd).st_dev
+        with self._storage.opening:
+            if self._pacer is None:
+                self._pacer = Pacer(self._ways, _learnt.setdefault(device, {}))
+        return self._pacer
+
+    def _look(self, pacer: Pacer, name: str) -> None:
+        """Go through the page cache while other processes read the same files."""
+        now = time.monotonic()
+        if now - self._looked < _LOOK_SECONDS or self._asked is not None:
+            return
+        self._looked = now
+        alone = name not in self._announced or readers_of(self._storage.descriptor(name)) <= 1
+        ways = self._ways if alone else [way for way in self._ways if not way.direct]
+        if ways != list(pacer.ways):
+            pacer.choose_from(ways)
+
+    def _read_direct(self, name: str, begin: int, views: Sequence[memoryview]) -> bool:
+        """Read past the page cache; False where this file cannot be read so."""
+        file = self._file(name)
+        if file is None:
+            return False
+        nbytes = sum(view.nbytes for view in views)
+        try:
+            with self._storage.mapped(name):
+                found = file.read_into(begin, views)
+        except OSError as error:
+            cause = error.__cause__
+            if not isinstance(cause, OSError) or cause.errno != errno.EINVAL:
+                raise
+            self._refused(name, "the file system wants another alignment than it says")
+            return False
+        if found < nbytes:
+            raise self._storage.truncated(name, begin + found, nbytes - found)
+        return True
+
+    def _file(self, name: str) -> DirectFile | None:
+        if name in self._files:
+            return self._files[name]
+        buffered = self._storage.descriptor(name)
+        with self._storage.opening:
+            if name in self._files:
+                return self._files[name]
+            alignment = alignment_of(buffered)
+            fd = -1
+            if alignment is not None:
+                # The same file even if its name leads to another one by now.
+                with contextlib.suppress(OSError):
+                    flags = os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC
+                    fd = os.open(f"/proc/self/fd/{buffered}", flags)
+            if fd < 0 or alignment is None:
+                self._refused(name, "its file system refuses O_DIRECT")
+                return None
+            self._files[name] = DirectFile(fd, *alignment)
+            return self._files[name]
+
+    def _refused(self, name: str, why: str) -> None:
+        if not any(file is None for file in self._files.values()):
+            _log.info(
+                "shardstate: %s/%s is read through the page cache: %s",
+                self._storage.location,
+                name,
+                why,
+            )
+        self._files[name] = None
+        self._ways = [way for way in self._ways if not way.direct] or [Way(self._threads, False)]
+        if self._pacer is not None:
+            self._pacer.choose_from(self._ways)
+
+
+def readers_of(fd: int) -> int:
+    """Return how many processes say that they read this file, this one included."""
+    inode = f":{os.fstat(fd).st_ino} "
+    try:
+        with open("/proc/locks", encoding="ascii") as locks:
+            return sum("FLOCK" in line and "READ" in line and inode in line for line in locks)
+    except OSError:
+        return 1
