@@ -398,7 +398,9 @@ class TestPathsThatCannotBeUsed:
         monkeypatch.chdir(source.parent)
         began = time.monotonic()
         fails(2, "inspect", "llama/typo", says=["llama/typo", "no such"])
-        monkeypatch.setattr("shardstate.storage.hub.importlib.util.find_spec", lambda _name: None)
+        monkeypatch.setattr(
+            "shardstate.storage.locate.importlib.util.find_spec", lambda _name: None
+        )
         fails(2, "inspect", "hf://org/name", says=["hf://org/name", "shardstate[hub]"])
         fails(2, "inspect", "org/name", says=["org/name", "no such"])
         assert time.monotonic() - began < 1

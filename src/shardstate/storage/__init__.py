@@ -10,7 +10,6 @@ from shardstate.storage.base import (
     Traits,
     Writable,
 )
-from shardstate.storage.hub import HubStorage
 from shardstate.storage.local import LocalStorage
 from shardstate.storage.locate import (
     TIMEOUT_SECONDS,
@@ -27,7 +26,6 @@ __all__ = [
     "TIMEOUT_SECONDS",
     "Access",
     "Entry",
-    "HubStorage",
     "LocalStorage",
     "Output",
     "PlainReader",

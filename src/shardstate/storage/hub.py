@@ -35,26 +35,9 @@ from shardstate.storage.reading import FAR, ObjectReader
 
 _log = logging.getLogger("shardstate")
 
-_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w./-]+))?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _WHOLE_SHARE = 0.9  # of a file: whoever wants that much fetches it whole, for the next time
 _FETCH_THREADS = 4
-
-
-def parse_hub_id(text: str) -> tuple[str, str | None] | None:
-    """Return repository and revision of `org/name[@revision]`, perhaps after `hf://`, else None."""
-    found = _ID.fullmatch(text.removeprefix("hf://"))
-    return (found[1], found[2]) if found and ".." not in text else None
-
-
-def is_hub_id(text: str) -> bool:
-    """Whether a path that does not exist here can be meant for the hub."""
-    return (
-        parse_hub_id(text) is not None
-        and not text.startswith("hf://")
-        and not os.path.isdir(text.split("/", maxsplit=1)[0])
-        and importlib.util.find_spec("huggingface_hub") is not None
-    )
 
 
 class HubStorage:

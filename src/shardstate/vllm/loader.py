@@ -26,7 +26,8 @@ from shardstate.errors import DamageError, InputError, ShardStateError, UsageErr
 from shardstate.names import MANIFEST, record_rank
 from shardstate.report import Phases, Report
 from shardstate.signing import checking_key
-from shardstate.storage import Access, HubStorage, LocalStorage, Storage, is_address, storage_at
+from shardstate.storage import Access, LocalStorage, Storage, is_address, storage_at
+from shardstate.storage.hub import HubStorage
 from shardstate.torch.loading import load_place
 from shardstate.torch.recorder import Recorder
 from shardstate.torch.saving import save_model
