@@ -1,6 +1,7 @@
 """What all tests share."""
 
 import os
+import sys
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,6 +13,10 @@ from hypothesis import settings
 # passes for a package of that name, but for one without an origin.)
 _vllm = find_spec("vllm")
 collect_ignore = [] if _vllm is not None and _vllm.origin is not None else ["vllm"]
+
+# tests/stores needs servers: `make test-stores` installs them.
+if not (Path(sys.executable).parent / "weed").exists():
+    collect_ignore.append("stores")
 
 # Two busy cores make any deadline a coin toss.
 settings.register_profile("shardstate", deadline=None)

@@ -204,7 +204,7 @@ class TestAStorageThatFails:
         for number in range(1, 500):
             made = []
 
-            def storage_at(path, made=made, number=number):
+            def storage_at(path, access, made=made, number=number):
                 made.append(FailingStorage(LocalStorage(path, create=create), call, number))
                 return made[-1]
 
@@ -258,10 +258,10 @@ class TestAStorageThatFails:
         for number in range(1, 200):
             with monkeypatch.context() as patch:
 
-                def failing(path, create=False, number=number):
-                    return _Target(FailingStorage(LocalStorage(path, create=create), call, number))
+                def failing(path, access, *, outputs, number=number):
+                    return FailingStorage(LocalStorage(path, create=True), call, number)
 
-                patch.setattr(writing, "LocalStorage", failing)
+                patch.setattr(writing, "writable_at", failing)
                 try:
                     shardstate.shard(source, out, tp=2, threads=1)
                 except StorageError as error:
@@ -283,7 +283,7 @@ class TestAStorageThatFails:
         for number in range(1, 100):
             with monkeypatch.context() as patch:
 
-                def open_path(path, number=number):
+                def open_path(path, *, access, number=number):
                     storage = FailingStorage(LocalStorage(path), "read_into", number)
                     return open_checkpoint(storage, pattern=None)
 
@@ -296,22 +296,6 @@ class TestAStorageThatFails:
             break
         assert number > 3
         assert tree(path) == tree(sound)
-
-
-class _Target:
-    """A failing storage that can be used as a context."""
-
-    def __init__(self, storage):
-        self._storage = storage
-
-    def __getattr__(self, name):
-        return getattr(self._storage, name)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self._storage.close()
 
 
 class TestNoMemory:

@@ -18,7 +18,7 @@ from shardstate.errors import StorageError, TruncatedFile
 from shardstate.header import PREFIX_BYTES, Header, parse_header, serialise_header
 from shardstate.layout import Move, Region
 from shardstate.plan import Copy, Fill, Literal, make_plan, plan_identity
-from shardstate.storage import LocalStorage
+from shardstate.storage import LocalStorage, locate
 from shardstate.targets import CompareTarget, DigestTarget, MemoryTarget, StoredDigests, allocate
 
 LIMITS = {"piece_bytes": BLOCK_BYTES, "read_bytes": 2 * BLOCK_BYTES, "max_gap_bytes": 1 << 18}
@@ -158,7 +158,7 @@ class FailingStorage(LocalStorage):
 def test_an_error_while_sharding_stops_everything(tmp_path, monkeypatch, failing):
     write(tmp_path / "model.safetensors", {"a": ("BF16", np.zeros((8192, 4096), np.uint16))})
     monkeypatch.setattr(FailingStorage, "reads", 2 - failing)
-    monkeypatch.setattr(planning, "LocalStorage", FailingStorage)
+    monkeypatch.setattr(locate, "LocalStorage", FailingStorage)
     (tmp_path / "out").mkdir()
     source = tmp_path / "source"
     source.mkdir()

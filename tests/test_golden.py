@@ -25,7 +25,7 @@ def files_of(path: Path) -> dict[str, bytes]:
 def at_golden_source(monkeypatch):
     """Let the source lie at `/golden/source`: its location is part of the records."""
 
-    def storage(path):
+    def storage(path, access):
         found = LocalStorage(path)
         if Path(path) == GOLDEN / "source":
             found.location = "/golden/source"

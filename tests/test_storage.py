@@ -114,20 +114,6 @@ class StorageContract:
         storage.sync()
         assert storage.entries() == {}
 
-    def test_the_lock_excludes_others(self, storage):
-        with storage.lock(), pytest.raises(TargetBusy, match="another process is writing"):
-            with storage.lock():
-                pass
-        with storage.lock():
-            pass
-
-    def test_locks_with_names_exclude_the_same_name_and_the_lock_on_everything(self, storage):
-        with storage.lock(".shardstate-lock-0"), storage.lock(".shardstate-lock-1"):
-            for name in (None, ".shardstate-lock-0"):
-                with pytest.raises(TargetBusy), storage.lock(name):
-                    pass
-        assert storage.entries() == {}
-
     def test_many_threads_read_one_file(self, storage):
         data = os.urandom(1 << 20)
         self.put("a", data)
@@ -160,6 +146,20 @@ class TestLocalStorage(StorageContract):
 
     def get(self, name):
         return (self.root / name).read_bytes()
+
+    def test_the_lock_excludes_others(self, storage):
+        with storage.lock(), pytest.raises(TargetBusy, match="another process is writing"):
+            with storage.lock():
+                pass
+        with storage.lock():
+            pass
+
+    def test_locks_with_names_exclude_the_same_name_and_the_lock_on_everything(self, storage):
+        with storage.lock(".shardstate-lock-0"), storage.lock(".shardstate-lock-1"):
+            for name in (None, ".shardstate-lock-0"):
+                with pytest.raises(TargetBusy), storage.lock(name):
+                    pass
+        assert storage.entries() == {}
 
     def test_links_to_files_are_followed_for_reading(self, storage, tmp_path_factory):
         blob = tmp_path_factory.mktemp("blobs") / "b"

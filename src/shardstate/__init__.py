@@ -1,6 +1,16 @@
 """Gets the weights of large models into workers: sharded or ordinary, reading only their bytes."""
 
-from shardstate.api import inspect, load, open, plan, shard, sign, verify  # noqa: A004
+from shardstate.api import (
+    Access,
+    copy,
+    inspect,
+    load,
+    open,  # noqa: A004
+    plan,
+    shard,
+    sign,
+    verify,
+)
 from shardstate.checkpoint import Checkpoint
 from shardstate.errors import ShardStateError
 from shardstate.report import Problem, Report
@@ -8,11 +18,13 @@ from shardstate.report import Problem, Report
 __version__ = "0.1.0"
 
 __all__ = [
+    "Access",
     "Checkpoint",
     "Problem",
     "Report",
     "ShardStateError",
     "__version__",
+    "copy",
     "inspect",
     "load",
     "open",

@@ -9,6 +9,7 @@ the choice of the storage's reader, who may change it at any time; the others wa
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -111,8 +112,15 @@ def execute(
     reader = storage.reader(threads)
     run = _Run(reads, reader)
     total = sum(read.nbytes for read in reads)
+    expected: Counter[str] = Counter()
+    for read in reads:
+        if read.file is not None:
+            expected[read.file] += read.nbytes
+    storage.expect(expected)
     workers = [
-        threading.Thread(target=_work, args=(run, target), name=f"shardstate-{i}", daemon=True)
+        threading.Thread(
+            target=_work, args=(run, storage, target), name=f"shardstate-{i}", daemon=True
+        )
         for i in range(max(1, min(reader.threads, len(reads))))
     ]
     run.active = len(workers)
@@ -131,6 +139,7 @@ def execute(
         run.stop()
         if not run.idle.is_set():
             target.stop()
+            storage.interrupt()
             with run.lock:
                 run.active -= sum(worker.ident is None for worker in workers)
             if run.active:
@@ -147,7 +156,7 @@ def execute(
     return Counters(run.bytes_read, run.bytes_cached, run.requests, meter.peak)
 
 
-def _work(run: _Run, target: Target) -> None:
+def _work(run: _Run, storage: Storage, target: Target) -> None:
     """Carry out reads until there are none, or until another worker failed."""
     staging: np.ndarray | None = None
     try:
@@ -170,6 +179,7 @@ def _work(run: _Run, target: Target) -> None:
     except BaseException as error:
         run.stop(error)
         target.stop()
+        storage.interrupt()
     finally:
         with run.lock:
             run.active -= 1

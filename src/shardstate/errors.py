@@ -22,7 +22,8 @@
     │   └── SignatureError          a set is not signed by the key that is required
     └── StorageError (OSError)      permission, disk full, I/O, network
         ├── OutOfMemory (MemoryError)   what is to be loaded does not fit here
-        └── TargetBusy              another process is writing there
+        ├── TargetBusy              another process is writing there
+        └── Unreachable             a store failed for too long; later it may work
 
 `file` and `tensor` name what the error is about, where it is about one.
 Errors survive pickling, so that they can cross from a worker process to its parent.
@@ -156,6 +157,10 @@ class StorageError(ShardStateError, OSError):
     """The storage refused or failed: permission, disk full, I/O."""
 
     kind = "storage"
+
+
+class Unreachable(StorageError):
+    """A store did not answer, broke off or was overloaded for too long; later it may work."""
 
 
 class OutOfMemory(StorageError, MemoryError):

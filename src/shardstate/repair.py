@@ -328,6 +328,9 @@ class _HeldOutput:
     def write(self, begin: int, views: Sequence[memoryview]) -> None:
         self.output.write(begin, views)
 
+    def stop(self) -> None:
+        self.output.stop()
+
     def publish(self) -> None:
         """Do nothing yet."""
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from shardstate.api.planning import READ_THREADS, describe_checkpoint, open_path, reads_of
+from shardstate.api.planning import describe_checkpoint, open_path, reads_of
 from shardstate.api.writing import parse_size
 from shardstate.catalog import Catalog
 from shardstate.checkpoint import Checkpoint
@@ -24,6 +24,7 @@ from shardstate.plan import Plan, plan_identity
 from shardstate.plot import Bar, bars_svg
 from shardstate.raw import Setting, Span, drop, read_spans, resident, room_for, touched
 from shardstate.report import Phases, Report
+from shardstate.storage import Access
 from shardstate.storage.local import mapped_errors
 from shardstate.targets import MemoryTarget
 
@@ -54,6 +55,7 @@ def bench(
     max_size: int | str = MAX_SIZE,
     plot: str | os.PathLike[str] | None = None,
     threads: int | None = None,
+    access: Access | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Measure how fast the tensors at `path` come into memory that was touched before.
@@ -65,15 +67,22 @@ def bench(
     if rounds < 1:
         raise UsageError(f"rounds is {rounds}, expected 1 or more")
     phases = Phases()
-    with open_path(path) as checkpoint:
+    with open_path(path, access=access) as checkpoint:
         with phases("open"):
+            if checkpoint.storage.traits.remote:
+                raise UsageError(
+                    f"{checkpoint.location}: bench measures local disks; bring it here first, or "
+                    f"time a load of it"
+                )
             report = describe_checkpoint(checkpoint)
             plans = _chosen(checkpoint, parse_size(max_size))
             spans = _spans(checkpoint.location, plans)
             report.bytes = sum(s.end - s.begin for s in spans)
             report.tensors = sum(len(plan) for plan in plans)
             report.files = len({span.path for span in spans})
-            ours, size = _engine(checkpoint, plans, threads or READ_THREADS)
+            ours, size = _engine(
+                checkpoint, plans, threads or checkpoint.storage.traits.read_threads
+            )
             memory = touched(max(size, room_for(spans)))
         measured: list[Mapping[str, Any]] = []
         notes: list[str] = []

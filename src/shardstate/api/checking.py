@@ -9,11 +9,9 @@ from typing import cast
 
 from shardstate.api.loading import raise_damage
 from shardstate.api.planning import (
-    READ_THREADS,
     open_path,
     reads_of,
     sizes_of,
-    storage_at,
 )
 from shardstate.api.repairing import repaired
 from shardstate.checkpoint import Checkpoint
@@ -26,7 +24,7 @@ from shardstate.names import MANIFEST, record_rank
 from shardstate.plan import Plan, plan_identity
 from shardstate.report import Phases, Report
 from shardstate.signing import checking_key
-from shardstate.storage import Storage, Writable
+from shardstate.storage import Access, Storage, Writable, storage_at, writable_in_place
 from shardstate.targets import CompareTarget, DigestTarget
 from shardstate.trust import check_trust, checked_digest, own_digest
 from shardstate.verify import block_problems, verify_set, verify_structure
@@ -43,6 +41,7 @@ def verify(
     key: str | os.PathLike[str] | None = None,
     digest: str | None = None,
     threads: int | None = None,
+    access: Access | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Check a checkpoint and return all `problems`; none means that it is sound.
@@ -71,9 +70,11 @@ def verify(
         target: DigestTarget | CompareTarget,
         wanted: Sequence[frozenset[int]] | None,
     ) -> None:
-        workers = threads or READ_THREADS
+        workers = threads or storage.traits.read_threads
         counters = execute(
-            reads_of(plans, threads=workers, wanted=wanted),
+            reads_of(
+                plans, max_gap_bytes=storage.traits.max_gap_bytes, threads=workers, wanted=wanted
+            ),
             storage=storage,
             target=target,
             threads=workers,
@@ -83,7 +84,12 @@ def verify(
         compared = target.bytes_read if isinstance(target, CompareTarget) else 0
         figures.append((counters, compared))
 
-    storage, source = storage_at(path), None
+    storage: Storage
+    if repair is False:
+        storage = storage_at(path, access or Access())
+    else:
+        storage = writable_in_place(path, access or Access())
+    source = None
     try:
         with phases("open"):
             names = storage.entries()
@@ -93,7 +99,7 @@ def verify(
                     f"{storage.location}: is no set of shardstate, and nothing says what it should "
                     f"hold; leave --repair out, or fetch it again"
                 )
-            source = open_path(against) if against is not None else None
+            source = open_path(against, access=access) if against is not None else None
             if source is not None and source.catalog is None:
                 raise UsageError(f"{against}: is no ordinary checkpoint to compare with")
         with phases("read"):
@@ -106,7 +112,8 @@ def verify(
                     ranks=_checked_ranks(ranks),
                     full=full or source is not None,
                     source=source,
-                    threads=threads or READ_THREADS,
+                    threads=threads or storage.traits.read_threads,
+                    access=access,
                 )
                 report.kind = "shardstate"
                 report.signed_by = check_trust(storage, found, key=public, digest=expected)
@@ -147,6 +154,7 @@ def _set_checked(
     full: bool,
     source: Checkpoint | None,
     threads: int,
+    access: Access | None,
 ) -> Verification:
     """Verify a set; where it is to be repaired, do that, and return what is wrong then."""
 
@@ -155,7 +163,7 @@ def _set_checked(
 
     if repair is False:
         return check(full)
-    return repaired(cast(Writable, storage), repair, report, check, threads=threads)
+    return repaired(cast(Writable, storage), repair, report, check, threads=threads, access=access)
 
 
 def check_data(checkpoint: Checkpoint, *, threads: int) -> None:
@@ -164,7 +172,9 @@ def check_data(checkpoint: Checkpoint, *, threads: int) -> None:
         catalog = checkpoint.rank_catalog(rank)
         plan, target = plan_identity(catalog), DigestTarget([catalog])
         execute(
-            reads_of([plan], threads=threads),
+            reads_of(
+                [plan], threads=threads, max_gap_bytes=checkpoint.storage.traits.max_gap_bytes
+            ),
             storage=checkpoint.storage,
             target=target,
             threads=threads,

@@ -13,7 +13,6 @@ import numpy as np
 
 from shardstate.api.planners import Made, Request, by_rule, rank_plan, resolved_layout
 from shardstate.api.planning import (
-    READ_THREADS,
     RulesArgument,
     describe_checkpoint,
     extra_notes,
@@ -36,6 +35,7 @@ from shardstate.errors import (
 )
 from shardstate.report import Phases, Problem, Report
 from shardstate.signing import checking_key
+from shardstate.storage import Access
 from shardstate.targets import MemoryTarget, StoredDigests, allocate
 from shardstate.trust import require_signature
 from shardstate.verify import block_problems
@@ -44,14 +44,18 @@ _log = logging.getLogger("shardstate")
 
 
 def inspect(
-    path: str | os.PathLike[str], *, tensors: bool = False, pattern: str | None = None
+    path: str | os.PathLike[str],
+    *,
+    tensors: bool = False,
+    pattern: str | None = None,
+    access: Access | None = None,
 ) -> Report:
     """Return what lies at `path`: kind, topology, sizes by dtype and rank, and its files.
 
     `tensors` adds `tensor_list`. Headers are read, weights are not.
     """
     phases = Phases()
-    with open_path(path, pattern=pattern) as checkpoint, phases("open"):
+    with open_path(path, pattern=pattern, access=access) as checkpoint, phases("open"):
         if checkpoint.catalog is not None:
             catalogs: dict[int | None, Catalog] = {None: checkpoint.catalog}
         else:
@@ -108,6 +112,7 @@ def plan(
     engine_args: Mapping[str, Any] | None = None,
     dtype: str = "keep",
     pattern: str | None = None,
+    access: Access | None = None,
 ) -> Report:
     """Return what loading `rank` would read and make, without reading a weight.
 
@@ -116,13 +121,17 @@ def plan(
     """
     phases = Phases()
     request = Request(tp=tp or 1, pp=pp, rules=rules, dtype=dtype, engine_args=engine_args)
-    with open_path(path, pattern=pattern) as checkpoint:
+    with open_path(path, pattern=pattern, access=access) as checkpoint:
         with phases("open"):
             report = describe_checkpoint(checkpoint)
         layout = resolved_layout(checkpoint, layout, request, phases)
         with phases("plan"):
             made = rank_plan(checkpoint, rank, tp=tp, layout=layout, request=request)
-            reads = reads_of([made.plan], threads=READ_THREADS)
+            storage = checkpoint.storage
+            threads = storage.traits.read_threads
+            reads = reads_of(
+                [made.plan], max_gap_bytes=storage.traits.max_gap_bytes, threads=threads
+            )
             write_planned(report, [made.plan], reads, checkpoint)
             _describe_made(report, made, rank, layout, checkpoint)
             report.by_rule = by_rule(made)
@@ -153,6 +162,7 @@ def load(
     verify: bool = False,
     key: str | os.PathLike[str] | None = None,
     map: bool = False,  # noqa: A002
+    access: Access | None = None,
 ) -> dict[str, np.ndarray]:
     """Return the tensors of one rank: {name: array}; ml_dtypes for bfloat16 and float8.
 
@@ -179,6 +189,7 @@ def load(
         verify=verify,
         key=key,
         map=map,
+        access=access,
     )[0]
 
 
@@ -197,6 +208,7 @@ def load_rank(
     key: str | os.PathLike[str] | None = None,
     map: bool = False,  # noqa: A002
     threads: int | None = None,
+    access: Access | None = None,
     progress: Progress | None = None,
 ) -> tuple[dict[str, np.ndarray], Report]:
     """Do what `load` does, and return the report as well."""
@@ -205,7 +217,8 @@ def load_rank(
     verify = verify or public is not None
     with _damage_where(verify):
         phases = Phases()
-        with open_path(path, pattern=pattern) as checkpoint:
+        with open_path(path, pattern=pattern, access=access) as checkpoint:
+            workers = threads or checkpoint.storage.traits.read_threads
             with phases("open"):
                 if public is not None:
                     require_signature(checkpoint, public)
@@ -223,7 +236,15 @@ def load_rank(
             layout = resolved_layout(checkpoint, layout, request, phases)
             with phases("plan"):
                 made = rank_plan(checkpoint, rank, tp=tp, layout=layout, request=request)
-                reads = [] if map else reads_of([made.plan], threads=threads or READ_THREADS)
+                reads = (
+                    []
+                    if map
+                    else reads_of(
+                        [made.plan],
+                        max_gap_bytes=checkpoint.storage.traits.max_gap_bytes,
+                        threads=workers,
+                    )
+                )
                 write_planned(report, [made.plan], reads, checkpoint)
                 _describe_made(report, made, rank, layout, checkpoint)
                 notes = extra_notes(checkpoint, rank)
@@ -242,7 +263,7 @@ def load_rank(
                         reads,
                         storage=checkpoint.storage,
                         target=target,
-                        threads=threads or READ_THREADS,
+                        threads=workers,
                         progress=progress,
                         fills_memory=True,
                     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib import resources
@@ -45,30 +44,31 @@ from shardstate.sharding import (
     match_rules,
     parse_rules,
 )
-from shardstate.storage import LocalStorage
+from shardstate.storage import Access, LocalStorage, is_address, storage_at
 from shardstate.storage.adaptive import MOST_THREADS
 from shardstate.storage.local import mapped_errors
 from shardstate.trust import own_digest
 
 _log = logging.getLogger("shardstate")
 
-READ_THREADS = 2  # reach what a disk gives through the page cache
 PIECE_BYTES = BLOCK_BYTES  # so that pieces of contiguous tensors are whole digest blocks
 READ_BYTES = PIECE_BYTES
 MEMORY_BYTES = 256 << 20  # beyond the destination, for all threads together
 _GRAIN_BYTES = 64 << 10
-MAX_GAP_BYTES = 256 << 10  # a local disk reads over this as fast as it begins another request
 _MAX_RULES_BYTES = 16 << 20
 
 RulesArgument = str | os.PathLike[str] | Sequence[Mapping[str, Any]] | None
 
 
-def open_path(path: str | os.PathLike[str], *, pattern: str | None = None) -> Checkpoint:
+def open_path(
+    path: str | os.PathLike[str], *, pattern: str | None = None, access: Access | None = None
+) -> Checkpoint:
     """Open what lies at `path`: an ordinary checkpoint, a set of ours, or one that vLLM wrote.
 
-    Reads headers and small JSON files only. `pattern` names the rank files of vLLM's own sets.
+    Reads headers and small JSON files only. `pattern` names the rank files of vLLM's own sets;
+    `access` says how to reach what is not local.
     """
-    storage = storage_at(path)
+    storage = storage_at(path, access or Access())
     try:
         return open_checkpoint(storage, pattern=pattern)
     except InputError as error:
@@ -76,22 +76,11 @@ def open_path(path: str | os.PathLike[str], *, pattern: str | None = None) -> Ch
         raise error.located(storage.location) from None
 
 
-def storage_at(path: str | os.PathLike[str]) -> LocalStorage:
-    text = local_path(path)
-    if not os.path.lexists(text):
-        raise PathNotFound(f"{text}: there is no such directory; check the path", file=text)
-    if not os.path.isdir(text):
-        raise InputError(
-            f"{text}: is no directory; give the directory that holds the checkpoint", file=text
-        )
-    return LocalStorage(text)
-
-
 def local_path(path: str | os.PathLike[str]) -> str:
     """Return `path` as text; `UsageError` for an address of something that is not local."""
     text = os.fspath(path)
-    if not text or re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", text):
-        raise UsageError(f"{text!r}: is no local directory, and nothing else is supported yet")
+    if not text or is_address(text):
+        raise UsageError(f"{text!r}: is no local directory, and only such can be a cache")
     return text
 
 
@@ -221,6 +210,7 @@ def reads_of(
     threads: int,
     in_dest_order: bool = False,
     wanted: Sequence[frozenset[int]] | None = None,
+    max_gap_bytes: int = LocalStorage.traits.max_gap_bytes,
     chunk_bytes: int | None = None,
 ) -> list[Read]:
     """Return the reads of `plans` for so many threads that their memory keeps to the budget.
@@ -236,7 +226,7 @@ def reads_of(
         in_dest_order=in_dest_order,
         piece_bytes=min(PIECE_BYTES, read_bytes),
         read_bytes=read_bytes,
-        max_gap_bytes=MAX_GAP_BYTES,
+        max_gap_bytes=max_gap_bytes,
         wanted=wanted,
     )
 

@@ -16,7 +16,7 @@ from shardstate.manifest import SetInfo
 from shardstate.plan import Plan
 from shardstate.repair import Repair, apply
 from shardstate.report import Report
-from shardstate.storage import Storage, Writable
+from shardstate.storage import Access, Storage, Writable, location_of
 from shardstate.targets import DigestTarget, FilesTarget
 
 
@@ -27,6 +27,7 @@ def repaired(
     check: Callable[[bool], Verification],
     *,
     threads: int,
+    access: Access | None,
 ) -> Verification:
     """Repair a set in place and return what is wrong then; `report` gets notes and figures.
 
@@ -37,7 +38,7 @@ def repaired(
         info = found.info
         if not found.problems:
             return found
-        donor = _donor(target.location, source, info)
+        donor = _donor(target.location, source, info, access)
         try:
             _check_donor(donor, info)
             repair = Repair(target, donor, _carry(threads), _replan(donor, info))
@@ -58,13 +59,18 @@ def repaired(
 
 
 def _donor(
-    location: str, source: bool | str | os.PathLike[str], info: SetInfo | None
+    location: str,
+    source: bool | str | os.PathLike[str],
+    info: SetInfo | None,
+    access: Access | None,
 ) -> Checkpoint:
     """Open what files are made from."""
     if not isinstance(source, bool):
-        if os.path.realpath(source) == os.path.realpath(location):
+        if location_of(source) == location or os.path.realpath(source) == os.path.realpath(
+            location
+        ):
             raise UsageError(f"{location}: cannot be repaired from itself; name another copy")
-        return open_path(source)
+        return open_path(source, access=access)
     if info is None:
         raise InputError(
             f"{location}: manifest and records are all damaged, and nothing says where the set "
@@ -76,7 +82,7 @@ def _donor(
             f"(--repair COPY)"
         )
     try:
-        return open_path(info.source.location)
+        return open_path(info.source.location, access=access)
     except PathNotFound as error:
         raise PathNotFound(
             f"{info.source.location}: the recorded source of {location} is not there; name where "

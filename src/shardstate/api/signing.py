@@ -5,18 +5,23 @@ from __future__ import annotations
 import os
 from typing import cast
 
-from shardstate.api.planning import sizes_of, storage_at
+from shardstate.api.planning import sizes_of
 from shardstate.errors import InputError
 from shardstate.manifest import Manifest
 from shardstate.names import MANIFEST, SIGNATURE, record_rank
 from shardstate.report import Phases, Report
 from shardstate.signing import sign_manifest, signature_json, signing_key
-from shardstate.storage import Writable
+from shardstate.storage import Access, writable_in_place
 from shardstate.trust import own_digest
 from shardstate.verify import verify_set
 
 
-def sign(path: str | os.PathLike[str], *, key: str | os.PathLike[str]) -> Report:
+def sign(
+    path: str | os.PathLike[str],
+    *,
+    key: str | os.PathLike[str],
+    access: Access | None = None,
+) -> Report:
     """Sign a set with the private Ed25519 key in the file `key`; an older signature is replaced.
 
     Everything but the data is checked first: where `problems` are returned nothing was signed.
@@ -24,7 +29,7 @@ def sign(path: str | os.PathLike[str], *, key: str | os.PathLike[str]) -> Report
     phases = Phases()
     private = signing_key(key)
     with phases("open"):
-        storage = cast(Writable, storage_at(path))
+        storage = writable_in_place(path, access or Access())
     try:
         with phases("write"), storage.lock():
             names = storage.entries()

@@ -6,6 +6,7 @@ import logging
 import os
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from typing import Any
 
 import msgspec
@@ -14,7 +15,6 @@ from shardstate.api.planners import Made, Request, by_rule, planner_of, resolved
 from shardstate.api.planning import (
     RulesArgument,
     describe_checkpoint,
-    local_path,
     nbytes_of,
     open_path,
     reads_of,
@@ -42,12 +42,21 @@ from shardstate.report import Phases, Report
 from shardstate.sharding import (
     Topology,
 )
-from shardstate.storage import LocalStorage, Storage, Writable
+from shardstate.storage import (
+    Access,
+    LocalStorage,
+    Storage,
+    Writable,
+    is_address,
+    location_of,
+    revision_of,
+    writable_at,
+)
 from shardstate.targets import FilesTarget
 
 _log = logging.getLogger("shardstate")
 
-WRITE_THREADS = 4  # writing adds hashing and fsync to reading
+LOCAL_WRITE_THREADS = LocalStorage.traits.write_threads
 MAX_PART_SIZE = "5GB"
 
 
@@ -67,6 +76,7 @@ def shard(
     force: bool = False,
     dry_run: bool = False,
     threads: int | None = None,
+    access: Access | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Write the rank files of an ordinary checkpoint for `tp` × `pp` ranks, in one pass over it.
@@ -80,26 +90,28 @@ def shard(
     `pp` and `engine_args` (of vLLM's `EngineArgs`) need "vllm"; there `dtype` is the engine's.
     """
     phases = Phases()
-    threads = threads or WRITE_THREADS
     max_part_bytes = parse_size(max_part_size)
     request = Request(
         tp=tp, pp=pp, rules=rules, dtype=dtype, pattern=pattern, engine_args=engine_args
     )
     Topology(tp, pp)  # refuses what cannot be
-    with open_path(path) as checkpoint:
+    with open_path(path, access=access) as checkpoint:
+        threads = threads or max(LOCAL_WRITE_THREADS, checkpoint.storage.traits.read_threads)
         with phases("open"):
             if checkpoint.catalog is None:
                 raise InputError(
                     f"{checkpoint.location}: is sharded already, for tp "
                     f"{checkpoint.topology and checkpoint.topology.tp}; shard from its source"
                 )
-            _refuse_nested(checkpoint.location, local_path(out))
+            refuse_nested(checkpoint.location, out)
             files = checkpoint.catalog.files
             identity = _identity(checkpoint.storage, files)
         layout = resolved_layout(checkpoint, layout, request, phases)
         with phases("plan"):
             planner = planner_of(checkpoint, layout, request)
-            source = Source(checkpoint.location, None, checkpoint.fingerprint())
+            source = Source(
+                checkpoint.location, revision_of(checkpoint.storage), checkpoint.fingerprint()
+            )
             info = msgspec.structs.replace(planner.info, source=source)
             identifier = set_id(
                 info=info,
@@ -108,7 +120,7 @@ def shard(
                 rules_digest=planner.rules_digest,
             )
             template = check_pattern(info.pattern, planner.topology)
-            chosen = _chosen(ranks, planner.topology)
+            chosen = chosen_ranks(ranks, planner.topology)
             made = {rank: planner.made(rank) for rank in chosen}
             parts = {
                 rank: plan_parts(
@@ -121,12 +133,21 @@ def shard(
                 for rank, each in made.items()
             }
             plans = [each.plan for each in made.values()]
-            reads = reads_of(plans, threads=threads, in_dest_order=True)
+            reads = reads_of(
+                plans,
+                max_gap_bytes=checkpoint.storage.traits.max_gap_bytes,
+                threads=threads,
+                in_dest_order=True,
+            )
             report = describe_checkpoint(checkpoint)
             write_planned(report, plans, reads, checkpoint)
             _describe_set(report, info, identifier, made, parts)
         if not dry_run:
-            with phases("write"), LocalStorage(out, create=True) as target, target.lock():
+            with (
+                phases("write"),
+                closing(writable_at(out, access or Access(), outputs=len(chosen))) as target,
+                target.lock(),
+            ):
                 writer = SetWriter(
                     target,
                     set_id=identifier,
@@ -153,7 +174,7 @@ def shard(
     return phases.finish(report, main="write")
 
 
-def _chosen(ranks: Sequence[int] | None, topology: Topology) -> tuple[int, ...]:
+def chosen_ranks(ranks: Sequence[int] | None, topology: Topology) -> tuple[int, ...]:
     """Return the ranks that are to be written; None are all."""
     chosen = tuple(range(topology.world)) if ranks is None else tuple(sorted(set(ranks)))
     if not chosen:
@@ -187,15 +208,22 @@ def _describe_set(
     report.files = len(report.file_list)
 
 
-def _refuse_nested(source: str, out: str) -> None:
+def refuse_nested(source: str, out: str | os.PathLike[str]) -> None:
     """Refuse a target that is the source, inside it or around it; or that is no directory."""
-    here, there = os.path.realpath(source), os.path.realpath(out)
+    if is_address(source) != is_address(out):
+        return
+    local = not is_address(out)
+    here, there = source, location_of(out)
+    if local:
+        here, there = os.path.realpath(source), os.path.realpath(out)
+    elif here.split("/")[:3] != there.split("/")[:3]:
+        return  # two buckets
     if here == there or os.path.commonpath([here, there]) in (here, there):
         relation = (
             "is" if here == there else "lies inside" if there.startswith(here) else "contains"
         )
-        raise TargetError(f"{out}: {relation} the source {source}; choose a directory beside it")
-    if os.path.lexists(out) and not os.path.isdir(out):
+        raise TargetError(f"{there}: {relation} the source {source}; choose a directory beside it")
+    if local and os.path.lexists(out) and not os.path.isdir(out):
         raise TargetError(f"{out}: is no directory; choose another place")
 
 
@@ -242,6 +270,7 @@ def _write(
     if len(kept) < len(made) or any(kept.values()):
         reads = reads_of(
             [made[rank].plan for rank in ranks],
+            max_gap_bytes=source.traits.max_gap_bytes,
             threads=threads,
             in_dest_order=True,
             wanted=wanted,

@@ -6,7 +6,7 @@ import functools
 import json
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import click
@@ -53,8 +53,52 @@ def _common(command: Callable[..., Report]) -> Callable[..., int]:
     @click.option(
         "--threads", type=click.IntRange(1, 1024), help="Threads that read or write at once."
     )
+    @click.option(
+        "--timeout",
+        type=click.FloatRange(min=0.1),
+        default=api.TIMEOUT_SECONDS,
+        metavar="S",
+        show_default=True,
+        help="Seconds without a byte from a store until it is an error.",
+    )
+    @click.option(
+        "--store-option",
+        "store_options",
+        multiple=True,
+        metavar="K=V",
+        callback=lambda _context, _option, values: _options(values),
+        help="Option of an object store, such as endpoint=URL; repeatable.",
+    )
+    @click.option(
+        "--cache",
+        "cache_dir",
+        metavar="DIR",
+        help="Keep what is read from elsewhere in DIR, for the next time.",
+    )
+    @click.option(
+        "--cache-size",
+        metavar="SIZE",
+        default=api.CACHE_SIZE,
+        show_default=True,
+        help="What that DIR may hold: bytes, 100GB, 100GiB.",
+    )
     @functools.wraps(command)
-    def wrapped(as_json: bool, quiet: bool, debug: bool, **arguments: Any) -> int:
+    def wrapped(
+        as_json: bool,
+        quiet: bool,
+        debug: bool,
+        timeout: float,
+        store_options: dict[str, str],
+        cache_dir: str | None,
+        cache_size: str,
+        **arguments: Any,
+    ) -> int:
+        arguments["access"] = api.Access(
+            timeout=timeout,
+            options=store_options,
+            cache=cache_dir,
+            cache_bytes=api.parse_size(cache_size),
+        )
         level = logging.DEBUG if debug else logging.ERROR if quiet else logging.WARNING
         logging.basicConfig(stream=sys.stderr, level=level, format="%(message)s", force=True)
         with progress_bar(enabled=not quiet) as progress:
@@ -70,6 +114,17 @@ def _common(command: Callable[..., Report]) -> Callable[..., int]:
         return 1 if report.problems else 0
 
     return wrapped
+
+
+def _options(values: Sequence[str]) -> dict[str, str]:
+    """Return the options of stores; errors do not show their values, which may be secrets."""
+    found = {}
+    for text in values:
+        key, equals, value = text.partition("=")
+        if not key or not equals:
+            raise click.BadParameter("expected KEY=VALUE")
+        found[key] = value
+    return found
 
 
 def _engine_arguments(text: str | None) -> dict[str, Any] | None:
@@ -232,9 +287,9 @@ def verify(path: str, **arguments: Any) -> Report:
 @_path()
 @click.option("--key", metavar="FILE", required=True, help="Private Ed25519 key (PEM or OpenSSH).")
 @_common
-def sign(path: str, key: str, **_: Any) -> Report:
+def sign(path: str, key: str, access: api.Access, **_: Any) -> Report:
     """Sign the set in PATH: its manifest, which covers every file. Data are not hashed."""
-    return api.sign(path, key=key)
+    return api.sign(path, key=key, access=access)
 
 
 @cli.command()
@@ -248,6 +303,18 @@ def sign(path: str, key: str, **_: Any) -> Report:
 def bench(path: str, **arguments: Any) -> Report:
     """Measure reading PATH here: this engine, safetensors, and the raw limits; warm and cold."""
     return api.bench(path, **arguments)
+
+
+@cli.command()
+@_path("src")
+@_path("dst")
+@click.option("--ranks", type=_ranks, metavar="R,…", help="Bring these ranks only: 0,3 or 0-3.")
+@click.option("--force", is_flag=True, help="Replace another set that is there.")
+@_pattern
+@_common
+def copy(src: str, dst: str, **arguments: Any) -> Report:
+    """Copy SRC to DST, verified on the way; what is there and matches is left alone."""
+    return api.copy(src, dst, **arguments)
 
 
 @cli.group()

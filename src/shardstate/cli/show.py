@@ -35,6 +35,7 @@ def _render(console: Console, command: str, arguments: Mapping[str, Any], report
         "shard": _shard,
         "load": _load,
         "verify": _verify,
+        "copy": _copy,
         "bench": _bench,
         "sign": _sign,
         "list": _cache,
@@ -232,6 +233,18 @@ def _verify(console: Console, arguments: Mapping[str, Any], report: Report) -> N
     if arguments.get("key"):
         what += f"; signed by key {report.signed_by}"
     console.print(f"[bold]{path}[/bold]: {what} ({looked}; {_seconds(report, 'read')})")
+
+
+def _copy(console: Console, arguments: Mapping[str, Any], report: Report) -> None:
+    whose = ""
+    if arguments.get("ranks"):
+        whose = f" of rank {', '.join(map(str, report.ranks or ()))}"
+    digests = "digests compared" if report.kind == "shardstate" else "no digests are recorded"
+    console.print(
+        f"[bold]{escape(str(arguments['dst']))}[/bold]: {count(report.files, 'file')}{whose}, "
+        f"wrote {size(report.bytes_written)} in {_seconds(report, 'write')}: "
+        f"{report.gbps or 0:.2f} GB/s, {digests}"
+    )
 
 
 def _bench(console: Console, arguments: Mapping[str, Any], report: Report) -> None:

@@ -1,9 +1,30 @@
-"""Storages: bytes by name and range. Today: a local directory."""
+"""Storages: bytes by name and range, in a local directory, an object store or behind https."""
 
-from shardstate.storage.base import Entry, Output, PlainReader, Reader, Reading, Storage, Writable
+from shardstate.storage.base import (
+    Entry,
+    Output,
+    PlainReader,
+    Reader,
+    Reading,
+    Storage,
+    Traits,
+    Writable,
+)
 from shardstate.storage.local import LocalStorage
+from shardstate.storage.locate import (
+    TIMEOUT_SECONDS,
+    Access,
+    is_address,
+    location_of,
+    revision_of,
+    storage_at,
+    writable_at,
+    writable_in_place,
+)
 
 __all__ = [
+    "TIMEOUT_SECONDS",
+    "Access",
     "Entry",
     "LocalStorage",
     "Output",
@@ -11,5 +32,12 @@ __all__ = [
     "Reader",
     "Reading",
     "Storage",
+    "Traits",
     "Writable",
+    "is_address",
+    "location_of",
+    "revision_of",
+    "storage_at",
+    "writable_at",
+    "writable_in_place",
 ]

@@ -6,7 +6,7 @@ come out as `StorageError`, what it holds as `InputError`; no foreign exception 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
@@ -21,6 +21,16 @@ class Entry:
     name: str
     nbytes: int
     identity: tuple[int | str, ...]  # local: size, mtime in ns, inode
+
+
+@dataclass(frozen=True, slots=True)
+class Traits:
+    """What a storage is good at. Measured: see `docs/benchmarks.md`."""
+
+    read_threads: int  # that it serves best at once
+    write_threads: int
+    max_gap_bytes: int  # reading over this costs less than another request
+    remote: bool  # whether a cache in front of it makes sense
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +84,11 @@ class Storage(Protocol):
 
     location: str  # for messages and manifests: absolute, without credentials
 
+    @property
+    def traits(self) -> Traits:
+        """What it is good at, as far as is known by now."""
+        ...
+
     def entries(self) -> dict[str, Entry]:
         """Return the regular files directly below the root; a link to one counts as one."""
         ...
@@ -111,6 +126,14 @@ class Storage(Protocol):
         """Return a file as writable bytes that never reach it; `UsageError` where none can be."""
         ...
 
+    def expect(self, files: Mapping[str, int]) -> None:
+        """Prepare for reading about so many bytes of each file."""
+        ...
+
+    def interrupt(self, on: bool = True) -> None:
+        """Let calls that wait give up, since another thread failed; with `on` False no more."""
+        ...
+
     def close(self) -> None:
         """Release what was opened."""
         ...
@@ -120,7 +143,14 @@ class Output(Protocol):
     """A file being written; nobody sees it before `publish`."""
 
     def write(self, begin: int, views: Sequence[memoryview]) -> None:
-        """Write `views`, one after the other, from byte `begin` on. From any thread."""
+        """Write `views`, one after the other, from byte `begin` on. From any thread.
+
+        Each byte once. Who is far ahead of the first byte that is missing may have to wait for it.
+        """
+        ...
+
+    def stop(self) -> None:
+        """Another thread failed: let those who wait in `write` give up."""
         ...
 
     def publish(self) -> None:
@@ -162,6 +192,7 @@ class Writable(Storage, Protocol):
     def lock(self, name: str | None = None) -> AbstractContextManager[None]:
         """Exclude other writers while the context is open; `TargetBusy` if there is one.
 
-        With `name`, exclude only who holds the lock on everything, and who holds that name.
+        Object stores have no lock, and exclude nobody. With `name`, exclude only who holds the
+        lock on everything, and who holds that name.
         """
         ...

@@ -34,6 +34,7 @@ class _Open:
         """Let every thread that waits for earlier bytes give up."""
         for hasher in self.hashers:
             hasher.stop()
+        self.output.stop()
 
 
 class FilesTarget:

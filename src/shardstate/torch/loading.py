@@ -13,7 +13,6 @@ import torch
 from shardstate.api.loading import check_blocks, log_loaded, raise_damage, stored_digests
 from shardstate.api.planners import Made, Request, rank_plan
 from shardstate.api.planning import (
-    READ_THREADS,
     RulesArgument,
     describe_checkpoint,
     extra_notes,
@@ -33,6 +32,7 @@ from shardstate.layout import Move, canonical
 from shardstate.plan import Copy, Plan, make_plan
 from shardstate.report import Phases, Report
 from shardstate.signing import checking_key
+from shardstate.storage import Access
 from shardstate.torch.aliases import alias_of, equal_groups
 from shardstate.torch.backends import BACKENDS, fill
 from shardstate.torch.ranks import Place, in_group, place_of
@@ -60,6 +60,7 @@ def load_model(
     key: str | os.PathLike[str] | None = None,
     backend: str = "native",
     progress: Progress | None = None,
+    access: Access | None = None,
 ) -> Report:
     """Load one rank into the parameters and buffers of `model`; return a report, log one line.
 
@@ -82,7 +83,7 @@ def load_model(
     phases = Phases()
     public = checking_key(key) if key is not None else None
     verify = verify or public is not None
-    with open_path(path, pattern=pattern) as checkpoint:
+    with open_path(path, pattern=pattern, access=access) as checkpoint:
         if public is not None:
             require_signature(checkpoint, public)
         place = _place(checkpoint, rank=rank, tp=tp, pp_rank=pp_rank, pp=pp)
@@ -97,7 +98,7 @@ def load_model(
             allow_padding=allow_padding,
             verify=verify,
             backend=backend,
-            threads=READ_THREADS,
+            threads=checkpoint.storage.traits.read_threads,
             progress=progress,
             phases=phases,
         )
@@ -136,7 +137,9 @@ def load_place(
         fit.notes += [*_other_topology(checkpoint, place), *extra_notes(checkpoint, index)]
         _refuse(fit, checkpoint, made, strict=strict)
         plan = compose_plans(made.plan, fit.plan)
-        reads = reads_of([plan], threads=threads)
+        reads = reads_of(
+            [plan], max_gap_bytes=checkpoint.storage.traits.max_gap_bytes, threads=threads
+        )
         write_planned(report, [plan], reads, checkpoint)
         report.bytes = sum(fit.plan.catalog.nbytes(copy.source) for copy in fit.plan)
         report.tensors = len(fit.plan)

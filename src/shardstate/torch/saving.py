@@ -7,11 +7,12 @@ import re
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 
 import torch
 
 from shardstate.api import MAX_PART_SIZE, parse_size
-from shardstate.api.planning import local_path, nbytes_of, reads_of, sizes_of
+from shardstate.api.planning import nbytes_of, reads_of, sizes_of
 from shardstate.coalesce import Read
 from shardstate.commit import SetWriter
 from shardstate.engine import Counters, Progress, execute
@@ -22,7 +23,7 @@ from shardstate.parts import PartFile, plan_parts
 from shardstate.plan import Plan, bytes_wanted, padding_boxes
 from shardstate.report import Phases, Report
 from shardstate.sharding import Topology
-from shardstate.storage import LocalStorage, Storage
+from shardstate.storage import Access, Storage, Writable, writable_at
 from shardstate.targets import FilesTarget
 from shardstate.torch.aliases import equal_groups, filter_subtensors
 from shardstate.torch.ranks import Place, broadcast_id, place_of
@@ -45,6 +46,7 @@ def save_model(
     max_part_size: int | str = MAX_PART_SIZE,
     save_id: str | None = None,
     progress: Progress | None = None,
+    access: Access | None = None,
     stage: str = "model",
 ) -> Report:
     """Save the state dict of one rank of `model` under `path`; the last rank commits the set.
@@ -100,7 +102,7 @@ def save_model(
         report = _planned(place, topology, identifier, info, parts)
         report.bytes, report.bytes_wanted = nbytes_of(plan.tensors), bytes_wanted([plan])
         report.tensors = len(plan.tensors)
-    with phases("write"), LocalStorage(local_path(path), create=True) as target:
+    with phases("write"), closing(writable_at(path, access or Access(), outputs=1)) as target:
         counters, lacking = write_rank(
             target,
             set_id=identifier,
@@ -123,7 +125,7 @@ def save_model(
 
 
 def write_rank(
-    target: LocalStorage,
+    target: Writable,
     *,
     set_id: str,
     info: SetInfo,
@@ -168,7 +170,7 @@ def write_rank(
         return counters, _commit(target, writer)
 
 
-def _commit(target: LocalStorage, writer: SetWriter) -> tuple[int, ...]:
+def _commit(target: Writable, writer: SetWriter) -> tuple[int, ...]:
     """Commit, one rank at a time: two would write the manifest under one temporary name."""
     give_up = time.monotonic() + _COMMIT_SECONDS
     while True:

@@ -12,7 +12,7 @@ from shardstate.dtypes import DTYPES
 from shardstate.errors import InputError, TruncatedFile, UsageError
 from shardstate.layout import Loop, Shape, strides_of
 from shardstate.plan import Plan, plan_identity
-from shardstate.storage import Entry, PlainReader
+from shardstate.storage import Entry, LocalStorage, PlainReader
 
 TAGS = {
     getattr(torch, dtype.torch): tag
@@ -102,6 +102,7 @@ class TensorStorage:
     """
 
     location = "memory"
+    traits = LocalStorage.traits
 
     def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
         self._tensors = {name: tensor.detach() for name, tensor in tensors.items()}
@@ -140,6 +141,12 @@ class TensorStorage:
 
     def map(self, name: str) -> np.ndarray:
         raise UsageError(f"{name}: lies in memory already")
+
+    def expect(self, files: Mapping[str, int]) -> None:
+        pass
+
+    def interrupt(self, on: bool = True) -> None:
+        pass
 
     def close(self) -> None:
         self._tensors.clear()

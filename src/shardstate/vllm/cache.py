@@ -10,7 +10,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -28,7 +28,7 @@ from shardstate.inventory import Identity
 from shardstate.manifest import SetInfo, Source
 from shardstate.names import check_pattern, default_pattern
 from shardstate.parts import plan_parts
-from shardstate.storage import LocalStorage, Storage
+from shardstate.storage import LocalStorage, Storage, revision_of
 from shardstate.torch.aliases import equal_groups, filter_subtensors
 from shardstate.torch.recorder import Recorder
 from shardstate.torch.saving import write_rank
@@ -57,8 +57,12 @@ class Cache:
         config: VllmConfig,
         model_config: ModelConfig,
         model: torch.nn.Module,
+        reopen: Callable[[], Storage],
     ) -> Entry:
-        """Return the entry of a model that would be loaded from `weights`; it may not be there."""
+        """Return the entry of a model that would be loaded from `weights`; it may not be there.
+
+        `reopen` opens what `weights` lie in once more.
+        """
         check_expressible(config)
         checkpoint = Checkpoint(weights.storage, "checkpoint", catalog=weights.catalog)
         fingerprint = checkpoint.fingerprint()
@@ -67,7 +71,11 @@ class Cache:
         info = msgspec.structs.replace(
             describe_engine(config, model_config, pattern=default_pattern(topology)),
             engine_arguments=placement_of(config),
-            source=Source(weights.storage.location, model_config.revision, fingerprint),
+            source=Source(
+                weights.storage.location,
+                revision_of(weights.storage) or model_config.revision,
+                fingerprint,
+            ),
         )
         kind = type(model)
         key = digest_of(
@@ -84,7 +92,7 @@ class Cache:
                 }
             )
         )
-        return Entry(self.root, key, info, identity)
+        return Entry(self.root, key, info, identity, reopen)
 
 
 @dataclass(frozen=True)
@@ -95,6 +103,7 @@ class Entry:
     key: str
     info: SetInfo
     identity: Identity
+    reopen: Callable[[], Storage]
 
     @property
     def path(self) -> str:
@@ -143,15 +152,13 @@ class Entry:
             pattern=pattern,
             max_part_bytes=parse_size(MAX_PART_SIZE),
         )
-        source = self.info.source
-        assert source is not None
 
         def write() -> None:
             time.sleep(_GRACE)
             try:
                 reads = reads_of([plan], threads=WRITE_THREADS, in_dest_order=True)
                 with (
-                    LocalStorage(source.location) as stored,
+                    contextlib.closing(self.reopen()) as stored,
                     LocalStorage(self.path, create=True) as target,
                 ):
                     write_rank(

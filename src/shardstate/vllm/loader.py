@@ -9,6 +9,7 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -16,18 +17,17 @@ from tqdm.auto import tqdm
 from vllm.config import get_current_vllm_config
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
-from vllm.model_executor.model_loader.weight_utils import download_weights_from_hf
 
 from shardstate.api.checking import check_data
 from shardstate.api.loading import log_loaded
-from shardstate.api.planning import READ_THREADS, storage_at
 from shardstate.checkpoint import Checkpoint, find_parts, open_checkpoint
 from shardstate.engine import Progress
 from shardstate.errors import DamageError, InputError, ShardStateError, UsageError
 from shardstate.names import MANIFEST, record_rank
 from shardstate.report import Phases, Report
 from shardstate.signing import checking_key
-from shardstate.storage import LocalStorage
+from shardstate.storage import Access, LocalStorage, Storage, is_address, storage_at
+from shardstate.storage.hub import HubStorage
 from shardstate.torch.loading import load_place
 from shardstate.torch.recorder import Recorder
 from shardstate.torch.saving import save_model
@@ -41,9 +41,9 @@ from shardstate.vllm.weights import (
     Unrecordable,
     Weights,
     check_recordable,
-    ordinary_weights,
     restored_weights,
     track,
+    weights_of,
 )
 
 if TYPE_CHECKING:
@@ -69,7 +69,9 @@ class ShardedStateLoader(BaseModelLoader):
 
     def download_model(self, model_config: ModelConfig) -> None:
         """Fetch the model from the hub, where it is not local."""
-        self._folder(model_config)
+        location = self._location(model_config)
+        if not is_address(location):
+            self._default().download_model(self._at_source(model_config))
 
     def load_model(
         self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = ""
@@ -82,6 +84,8 @@ class ShardedStateLoader(BaseModelLoader):
             reason = str(error)
         before.restore()
         gc.collect()
+        with closing(self._storage(model_config)) as storage:
+            self._refuse_remote(storage, reason)
         _fell_back(reason, rank_of(vllm_config))
         return self._default().load_model(vllm_config, self._at_source(model_config), prefix)
 
@@ -93,8 +97,7 @@ class ShardedStateLoader(BaseModelLoader):
         config = get_current_vllm_config()
         phases = Phases()
         public = None if self.settings.key is None else checking_key(self.settings.key)
-        folder = self._folder(model_config)
-        storage = storage_at(folder)
+        storage = self._storage(model_config)
         try:
             if _is_set(storage, self.settings.pattern):
                 checkpoint = open_checkpoint(storage, pattern=self.settings.pattern)
@@ -105,29 +108,30 @@ class ShardedStateLoader(BaseModelLoader):
                     if self._verify:
                         # Pieces of any rank are read in any order, so all are hashed beforehand.
                         with phases("verify"):
-                            check_data(checkpoint, threads=self._threads)
-                    weights = restored_weights(checkpoint, prefer=rank, threads=self._threads)
+                            check_data(checkpoint, threads=self._threads(storage))
+                    weights = restored_weights(
+                        checkpoint, prefer=rank, threads=self._threads(storage)
+                    )
                     self._record(model, model_config, config, weights, phases, None)
                 else:
                     self._load_set(model, model_config, config, checkpoint, phases)
                 return
+            if public is not None:
+                raise UsageError(
+                    f"{storage.location}: is no set of shardstate and cannot be signed, and a key "
+                    f"is required; leave key out, or shard it and sign that"
+                )
+            self._load_ordinary(model, self._at_source(model_config), config, phases, storage)
         except InputError as error:
             raise error.located(storage.location) from None
         finally:
             storage.close()
-        if public is not None:
-            raise UsageError(
-                f"{folder}: is no set of shardstate and cannot be signed, and a key is required; "
-                f"leave key out, or shard it and sign that"
-            )
-        self._load_ordinary(model, self._at_source(model_config), config, phases)
 
     def get_all_weights(
         self, model_config: ModelConfig, model: torch.nn.Module
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield the checkpoint's tensors, with bytes: for reloading weights in place."""
-        folder = self._folder(model_config)
-        with storage_at(folder) as storage:
+        with closing(self._storage(model_config)) as storage:
             is_set = _is_set(storage, self.settings.pattern)
             if not is_set:
                 at_source = self._at_source(model_config)
@@ -136,10 +140,10 @@ class ShardedStateLoader(BaseModelLoader):
             checkpoint = open_checkpoint(storage, pattern=self.settings.pattern)
             if checkpoint.stage != "checkpoint":
                 raise UsageError(
-                    f"{folder}: its tensors are vLLM's own, which cannot be loaded into a model "
-                    f"that is in use; give weights_path of the checkpoint they were made from"
+                    f"{storage.location}: its tensors are vLLM's own, which cannot be loaded into "
+                    f"a model that is in use; give weights_path of what they were made from"
                 )
-            weights = restored_weights(checkpoint, prefer=0, threads=self._threads)
+            weights = restored_weights(checkpoint, prefer=0, threads=self._threads(storage))
             recorder = Recorder(weights.catalog, weights.read, offline=False)
             for name, standin in weights.offer(recorder):
                 yield name, standin * 1
@@ -198,7 +202,7 @@ class ShardedStateLoader(BaseModelLoader):
                 allow_padding=None,
                 verify=verify,
                 backend=settings.backend,
-                threads=self._threads,
+                threads=self._threads(checkpoint.storage),
                 progress=progress,
                 phases=phases,
             )
@@ -211,19 +215,24 @@ class ShardedStateLoader(BaseModelLoader):
         model_config: ModelConfig,
         config: VllmConfig,
         phases: Phases,
+        storage: Storage,
     ) -> None:
         default = self._default()
+        threads = self._threads(storage)
         try:
             check_recordable(model, model_config)
-            weights = ordinary_weights(default, model, model_config, threads=self._threads)
+            weights = weights_of(storage, default, model, model_config, threads=threads)
         except Unrecordable as error:
+            self._refuse_remote(storage, str(error))
             _fell_back(str(error), rank_of(config))
             default.load_weights(model, model_config)
             return
         with closing(weights.storage):
             entry = None
             if self.settings.cache is not None:
-                entry = Cache(self.settings.cache).entry(weights, config, model_config, model)
+                entry = Cache(self.settings.cache).entry(
+                    weights, config, model_config, model, partial(self._storage, model_config)
+                )
                 if self._load_cached(model, model_config, config, entry, phases):
                     return
             self._record(model, model_config, config, weights, phases, entry)
@@ -301,9 +310,17 @@ class ShardedStateLoader(BaseModelLoader):
         """Whether digests are compared; a signature vouches for nothing else."""
         return self.settings.verify or self.settings.key is not None
 
-    @property
-    def _threads(self) -> int:
-        return self.settings.threads or READ_THREADS
+    def _threads(self, storage: Storage) -> int:
+        return self.settings.threads or storage.traits.read_threads
+
+    @staticmethod
+    def _refuse_remote(storage: Storage, reason: str) -> None:
+        """Raise where vLLM's own loader would have to read what it cannot: an object store."""
+        if not isinstance(storage, LocalStorage | HubStorage):
+            raise UsageError(
+                f"{storage.location}: {reason}, and vLLM's own loader, which could load it, reads "
+                f"directories and hub ids only: bring it here first (shardstate copy)"
+            )
 
     def _default(self) -> DefaultModelLoader:
         """Return vLLM's own loader for the same configuration."""
@@ -325,23 +342,26 @@ class ShardedStateLoader(BaseModelLoader):
         changed.model, changed.model_weights, changed.revision = location, "", None
         return changed
 
-    def _folder(self, model_config: ModelConfig) -> str:
-        """Return the directory that holds the weights, fetched from the hub if need be."""
-        location = self._location(model_config)
-        if os.path.isdir(location) or "://" in location or location.startswith(("/", ".")):
-            return location
-        return str(
-            download_weights_from_hf(
-                location,
-                self.load_config.download_dir,
-                ["*.safetensors"],
-                self._at_source(model_config).revision,
-                ignore_patterns=self.load_config.ignore_patterns,
-            )
+    def _storage(self, model_config: ModelConfig) -> Storage:
+        """Return the storage that holds the weights: a directory, a store or the hub."""
+        location, load_config = self._location(model_config), self.load_config
+        ignored = load_config.ignore_patterns
+        settings, access = self.settings, Access()
+        access = Access(
+            timeout=settings.timeout or access.timeout,
+            options=settings.store_options or {},
+            hub_cache=load_config.download_dir,
+            ignore_patterns=(ignored,) if isinstance(ignored, str) else tuple(ignored or ()),
         )
+        revision = self._at_source(model_config).revision
+        here = is_address(location) or os.path.exists(location) or location.startswith(("/", "."))
+        if not here:
+            pinned = "@" in location or revision is None
+            location = f"hf://{location}" if pinned else f"hf://{location}@{revision}"
+        return storage_at(location, access)
 
 
-def _is_set(storage: LocalStorage, pattern: str | None) -> bool:
+def _is_set(storage: Storage, pattern: str | None) -> bool:
     names = storage.entries()
     if MANIFEST in names or any(record_rank(name) is not None for name in names):
         return True

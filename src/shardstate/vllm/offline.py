@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Mapping
-from contextlib import closing
+from contextlib import closing, nullcontext
 from typing import Any, cast
 
 import msgspec
@@ -22,7 +22,6 @@ from vllm.model_executor.models.registry import ModelRegistry
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 from shardstate.api.planners import Made, Request, quiet_vllm
-from shardstate.api.planning import READ_THREADS
 from shardstate.checkpoint import Checkpoint
 from shardstate.digest import digest_of
 from shardstate.errors import InputError, ShardStateError, UsageError
@@ -33,12 +32,13 @@ from shardstate.torch.recorder import LITERAL_BYTES, Recorder
 from shardstate.vllm.facts import DTYPES, describe_engine
 from shardstate.vllm.parallel import as_worker, check_expressible, topology_of
 from shardstate.vllm.recording import Registrations
+from shardstate.vllm.remote import local_configuration
 from shardstate.vllm.weights import (
     Unrecordable,
     Weights,
     check_recordable,
-    ordinary_weights,
     track,
+    weights_of,
 )
 
 # What the command line says in another way, and what decides no layout.
@@ -62,8 +62,10 @@ class VllmPlanner:
             raise UsageError("layout vllm: vLLM's own code shares the tensors; leave the rules out")
         self._checkpoint = checkpoint
         arguments = dict(request.engine_args or {})
+        # vLLM reads configurations from directories only.
+        self._folder = local_configuration(checkpoint.storage)
         self._config = _config_of(
-            checkpoint.location, request.tp, request.pp, request.dtype, arguments
+            self._folder.name, request.tp, request.pp, request.dtype, arguments
         )
         check_expressible(self._config)
         self.topology = topology_of(self._config)
@@ -106,13 +108,15 @@ class VllmPlanner:
         model_config = self._config.model_config
         default = DefaultModelLoader(LoadConfig(load_format="auto", use_tqdm_on_load=False))
         assert self._checkpoint.catalog is not None
-        nothing = Weights(self._checkpoint.storage, self._checkpoint.catalog, [], READ_THREADS, {})
+        stored = self._checkpoint.storage
+        threads = stored.traits.read_threads
+        nothing = Weights(stored, self._checkpoint.catalog, [], threads, {})
         recorder = Recorder(nothing.catalog, nothing.read, offline=True)
         with recorder, set_default_torch_dtype(model_config.dtype), torch.device("cpu"):
             model = initialize_model(self._config)
         check_recordable(model, model_config)
-        weights = ordinary_weights(default, model, model_config, threads=READ_THREADS)
-        with closing(weights.storage):
+        weights = weights_of(stored, default, model, model_config, threads=threads)
+        with closing(weights.storage) if weights.storage is not stored else nullcontext():
             recorder.redirect(weights.catalog, weights.read)
             with recorder:
                 loaded = cast(Any, model).load_weights(weights.offer(recorder))

@@ -14,7 +14,9 @@ class Settings:
     """The keys, and their defaults."""
 
     pattern: str | None = None  # names of rank files; None: what the set says, or vLLM's
-    source: str | None = None  # a location that overrides the target model's
+    source: str | None = None  # a PATH that overrides the target model's
+    timeout: float | None = None  # seconds without a byte of a store until it is an error
+    store_options: Mapping[str, str] | None = None  # of object stores; may be secrets
     cache: str | None = None  # a directory that keeps shards for the next start
     verify: bool = False  # compare digests while reading a set of ours
     key: str | None = None  # a file with the Ed25519 key that must have signed the set
@@ -28,6 +30,8 @@ _KINDS: Mapping[str, tuple[type, str]] = {
     "pattern": (str, "a text"),
     "source": (str, "a text"),
     "cache": (str, "a text"),
+    "timeout": (float, "seconds, more than 0"),
+    "store_options": (dict, "an object of texts"),
     "verify": (bool, "true or false"),
     "key": (str, "a text"),
     "strict": (bool, "true or false"),
@@ -50,11 +54,14 @@ def parse_settings(config: object) -> Settings:
     given: dict[str, Any] = {}
     for name, value in config.items():
         kind, what = _KINDS[name]
-        wrong = not isinstance(value, kind) or (kind is int and isinstance(value, bool))
-        if value is not None and (wrong or (kind is int and value < 1)):
-            raise UsageError(
-                f"{where}: {name} is {value!r}, expected {what}; allowed are {allowed}"
-            )
+        wrong = not isinstance(value, (int, float) if kind is float else kind)
+        wrong |= kind in (int, float) and isinstance(value, bool)
+        if not wrong and kind is dict:
+            wrong = not all(isinstance(text, str) for item in value.items() for text in item)
+        low = not wrong and ((kind is int and value < 1) or (kind is float and value <= 0))
+        if value is not None and (wrong or low):
+            shown = f"a {type(value).__name__}" if kind is dict else repr(value)
+            raise UsageError(f"{where}: {name} is {shown}, expected {what}; allowed are {allowed}")
         if value is not None:
             given[name] = value
     settings = Settings(**given)

@@ -16,7 +16,13 @@ from vllm.model_executor.model_loader.weight_utils import filter_safetensors_fil
 
 from shardstate.api.planning import reads_of
 from shardstate.catalog import Catalog, catalog_of
-from shardstate.checkpoint import Checkpoint, check_unchanged, read_header, refuse_unlisted
+from shardstate.checkpoint import (
+    Checkpoint,
+    check_unchanged,
+    ordinary_files,
+    read_header,
+    refuse_unlisted,
+)
 from shardstate.compose import compose_plans
 from shardstate.engine import Progress, execute
 from shardstate.errors import CatalogError, SetError, ShardStateError
@@ -66,7 +72,7 @@ class Weights:
         if self.first is not None:
             plan = compose_plans(self.first, plan)
         counters = execute(
-            reads_of([plan], threads=self.threads),
+            reads_of([plan], max_gap_bytes=self.storage.traits.max_gap_bytes, threads=self.threads),
             storage=self.storage,
             target=target,
             threads=self.threads,
@@ -130,6 +136,62 @@ def ordinary_weights(
     rows = [row for row in _order(catalog) if not should_skip_weight(catalog.names[row], experts)]
     seen = {name: entries[name] for name in names if name in entries}
     return Weights(storage, catalog, rows, threads, seen)
+
+
+def remote_weights(
+    storage: Storage,
+    default: DefaultModelLoader,
+    model: torch.nn.Module,
+    model_config: ModelConfig,
+    *,
+    threads: int,
+) -> Weights:
+    """Return the weights of an ordinary checkpoint that no directory holds.
+
+    The files are those that vLLM would choose: what the index names, else all safetensors files.
+    Raises `Unrecordable` where there are none.
+    """
+    default._init_ep_weight_filter(model_config)
+    names = storage.entries()
+    safetensors = [name for name in names if name.endswith(".safetensors")]
+    if not safetensors:
+        others = sorted(name for name in names if name.endswith((".bin", ".pt", ".pth")))
+        raise Unrecordable(f"{others[0] if others else 'nothing there'} is no safetensors file")
+    headers = []
+    for name in ordinary_files(storage, names).files:
+        size, header, _ = read_header(storage, name)
+        refuse_unlisted(name, header)
+        headers.append((name, size, header))
+    try:
+        catalog = catalog_of(headers, weight_map=None)
+    except CatalogError as error:
+        raise Unrecordable(str(error)) from None
+    experts = default.local_expert_ids
+    unused = getattr(model, "is_unused_checkpoint_weight", None) or (lambda _name: False)
+    rows = [
+        row
+        for row in _order(catalog)
+        if not should_skip_weight(catalog.names[row], experts) and not unused(catalog.names[row])
+    ]
+    seen = {name: names[name] for name in catalog.files}
+    return Weights(storage, catalog, rows, threads, seen)
+
+
+def weights_of(
+    storage: Storage,
+    default: DefaultModelLoader,
+    model: torch.nn.Module,
+    model_config: ModelConfig,
+    *,
+    threads: int,
+) -> Weights:
+    """Return the weights of the ordinary checkpoint in `storage`, as vLLM would choose them.
+
+    Of a directory, which `model_config` names, with a storage of their own.
+    """
+    if isinstance(storage, LocalStorage):
+        return ordinary_weights(default, model, model_config, threads=threads)
+    return remote_weights(storage, default, model, model_config, threads=threads)
 
 
 def restored_weights(checkpoint: Checkpoint, *, prefer: int, threads: int) -> Weights:

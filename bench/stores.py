@@ -1,0 +1,170 @@
+"""How fast does a rank come from an S3 server, beside runai-model-streamer and raw ranged GETs?
+
+One server, SeaweedFS on loopback, that this starts and ends; rounds are interleaved, and their
+order rotates. Both loaders fill memory that was touched before, which is compared bit by bit with
+the files on disk. `raw` is parallel ranged GETs with the same client, obstore, into its own memory
+and nowhere else; the better of two shapes counts. Prints one JSON line; figures are GB/s of
+medians.
+
+    make bench-stores, or python bench/stores.py [--bytes 500000000] [--rounds 5]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "stores"))
+
+import numpy as np
+from servers import ACCESS_KEY, SECRET_KEY, seaweedfs
+
+import shardstate
+from checkpoint import make_llama
+from shardstate.api.planning import reads_of
+from shardstate.engine import execute
+from shardstate.plan import plan_identity
+from shardstate.storage import Access
+from shardstate.targets import MemoryTarget
+
+BUCKET = "s3://bucket/model"
+RAW_SHAPES = ((8, 8 << 20), (16, 4 << 20))  # threads, bytes of a GET
+
+
+def ours(access: Access, memory: dict[str, np.ndarray]) -> float:
+    """Return the seconds of opening, planning and reading into `memory`."""
+    began = time.perf_counter()
+    with shardstate.open(BUCKET, access=access) as checkpoint:
+        plan = plan_identity(checkpoint.rank_catalog(0))
+        traits = checkpoint.storage.traits
+        threads = traits.read_threads
+        execute(
+            reads_of([plan], threads=threads, max_gap_bytes=traits.max_gap_bytes),
+            storage=checkpoint.storage,
+            target=MemoryTarget([memory[name] for name in plan.tensors.names], digests=None),
+            threads=threads,
+            progress=None,
+            fills_memory=False,
+        )
+    return time.perf_counter() - began
+
+
+def runai(names: list[str], memory: dict[str, np.ndarray]) -> float:
+    """Return the seconds until the last tensor is in `memory`."""
+    import torch
+    from runai_model_streamer import SafetensorsStreamer
+
+    goals = {name: torch.from_numpy(array) for name, array in memory.items()}
+    began = time.perf_counter()
+    with SafetensorsStreamer() as streamer:
+        streamer.stream_files([f"{BUCKET}/{name}" for name in names])
+        for name, tensor in streamer.get_tensors():
+            goals[name].copy_(tensor.reshape(-1).view(torch.uint8))
+    return time.perf_counter() - began
+
+
+def raw(access: Access, sizes: dict[str, int], threads: int, step: int) -> float:
+    """Return the seconds of getting all bytes of all files."""
+    import obstore
+
+    from shardstate.storage.clients import Limits, connect, parse_address
+
+    client = connect(parse_address(BUCKET), access.options, Limits(None, 60, 0))
+    work = [(n, b, min(b + step, size)) for n, size in sizes.items() for b in range(0, size, step)]
+    lock = threading.Lock()
+
+    def run() -> None:
+        while True:
+            with lock:
+                if not work:
+                    return
+                name, begin, end = work.pop(0)
+            got = obstore.get_range(client, name, start=begin, end=end)
+            assert len(got) == end - begin
+
+    began = time.perf_counter()
+    workers = [threading.Thread(target=run) for _ in range(threads)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    return time.perf_counter() - began
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--bytes", type=int, default=500_000_000)
+    parser.add_argument("--rounds", type=int, default=5)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as work:
+        source, stored = Path(work, "llama"), Path(work, "set")
+        make_llama(source, nbytes=arguments.bytes, files=1)
+        shardstate.shard(source, stored, tp=1, layout="rules", max_part_size="130MB")
+        loaded = shardstate.load(stored, rank=0)
+        expected = {name: array.reshape(-1).view(np.uint8) for name, array in loaded.items()}
+        # Touched beforehand: parameters of a model are, and new pages cost more than a copy.
+        memory = {name: np.ones_like(array) for name, array in expected.items()}
+        sizes = {file.name: file.stat().st_size for file in sorted(stored.glob("*.safetensors"))}
+        nbytes = sum(sizes.values())
+        folder = Path(work, "server")
+        folder.mkdir()
+        with seaweedfs(folder) as server:
+            access = Access(options=server.options)
+            shardstate.copy(stored, BUCKET, access=access)
+            os.environ |= {
+                "AWS_ACCESS_KEY_ID": ACCESS_KEY,
+                "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
+                "AWS_DEFAULT_REGION": "us-east-1",
+                "AWS_ENDPOINT_URL": server.endpoint,
+                "AWS_EC2_METADATA_DISABLED": "true",
+                "RUNAI_STREAMER_S3_USE_VIRTUAL_ADDRESSING": "0",
+            }
+            seconds: dict[str, list[float]] = {}
+            identical = {"shardstate": True, "runai": True}
+            names = ["shardstate", "runai", *(f"raw {t} x {b >> 20} MiB" for t, b in RAW_SHAPES)]
+            for number in range(arguments.rounds + 1):
+                turn = number % len(names)
+                for name in names[turn:] + names[:turn]:
+                    for array in memory.values():
+                        array[:] = 1
+                    if name == "shardstate":
+                        took = ours(access, memory)
+                    elif name == "runai":
+                        took = runai(list(sizes), memory)
+                    else:
+                        took = raw(access, sizes, *RAW_SHAPES[names.index(name) - 2])
+                    if name in identical:
+                        identical[name] &= all(
+                            np.array_equal(memory[each], expected[each]) for each in expected
+                        )
+                    if number:  # the first round warms up
+                        seconds.setdefault(name, []).append(took)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    best_raw = min(value for name, value in medians.items() if name.startswith("raw"))
+    print(
+        json.dumps(
+            {
+                "bench": "stores",
+                "bytes": nbytes,
+                "rounds": arguments.rounds,
+                "gbps": {name: round(nbytes / value / 1e9, 3) for name, value in medians.items()},
+                "seconds": {n: [round(v, 3) for v in values] for n, values in seconds.items()},
+                "times_runai": round(medians["runai"] / medians["shardstate"], 2),
+                "times_raw": round(best_raw / medians["shardstate"], 2),
+                "identical": identical,
+                "machine": f"{os.cpu_count()} cores, {platform.machine()}",
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
