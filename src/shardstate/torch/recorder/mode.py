@@ -92,7 +92,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._values: list[Value] = []
         self._memories: dict[int, Memory] = {}  # by storage
         self._computed: dict[int, tuple[torch.Tensor, str]] = {}  # by storage: from weights
-        self._views: dict[Any, Any] = {}
+        self.views: dict[Any, Any] = {}
         self._handlers: dict[Any, Callable[[Any, _Args, _Kwargs], Any]] = {}
 
     # What the caller uses
@@ -107,7 +107,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if DTYPES[tag].packed:
             shape = (*shape[:-1], shape[-1] // 2)  # torch counts pairs
         geometry = Geometry(shape, strides_of(shape), 0, dtype)
-        return self._standin(Memory(row=row), geometry, _CPU)
+        return self.standin(Memory(row=row), geometry, _CPU)
 
     def redirect(self, catalog: Catalog, read: Read) -> None:
         """Offer other tensors from now on; none was offered before."""
@@ -259,15 +259,15 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             elif isinstance(each, torch.Tensor):  # view_as, expand_as
                 return self._compute(func, args, kwargs)
         key = (func, geometry, rest, tuple(kwargs.items()) if kwargs else ())
-        found = self._views.get(key)
+        found = self.views.get(key)
         if found is None:
             made = func(self._roomy_twin(base), *args[1:], **kwargs)
             single = isinstance(made, torch.Tensor)
             found = geometry_of(made) if single else [geometry_of(each) for each in made]
-            self._views[key] = found
+            self.views[key] = found
         if isinstance(found, Geometry):
-            return self._standin(base.memory, found, base.device)
-        return [self._standin(base.memory, each, base.device) for each in found]
+            return self.standin(base.memory, found, base.device)
+        return [self.standin(base.memory, each, base.device) for each in found]
 
     def _roomy_twin(self, base: Standin) -> torch.Tensor:
         """Return a twin in a storage as large as the stand-in's memory, for `as_strided`."""
@@ -320,6 +320,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 made = list(origin.view(geometry, goal))
             except _MISSES:
                 made = None
+            if made is not None and origin.row is not None:  # all of a stored tensor is known
+                memory.log.extend(made)
+                return True
             if made is not None:
                 width = goal.dtype.itemsize
                 known = sum(c.move.size * DTYPES[c.dest_dtype].itemsize for c in made)
@@ -559,7 +562,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 size = self.catalog.nbytes(row)
                 x.memory.own(Copy(row, 0, "U8", "U8", Move(0, 0, ((size, 1, 1),))))
             return x.memory
-        return self._memories.setdefault(_key(x), Memory(anchor=x.detach()))
+        key = _key(x)
+        if (memory := self._memories.get(key)) is None:
+            memory = self._memories[key] = Memory(anchor=x.detach())
+        return memory
 
     def _origin(self, x: torch.Tensor) -> str | None:
         """Return the operation that computed an ordinary tensor from weights, if one did."""
@@ -621,11 +627,11 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     # Making things
 
-    def _standin(self, memory: Memory, geometry: Geometry, device: torch.device) -> Standin:
+    def standin(self, memory: Memory, geometry: Geometry, device: torch.device) -> Standin:
         if torch.is_inference_mode_enabled():  # where views of other tensors cannot be inference's
             with torch.inference_mode(False):
-                return Standin(memory, geometry, device, self.dispatch)
-        return Standin(memory, geometry, device, self.dispatch)
+                return Standin(memory, geometry, device, self)
+        return Standin(memory, geometry, device, self)
 
     def _made(
         self,
@@ -644,7 +650,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """
         made: torch.Tensor
         if isinstance(like, Standin):
-            made = self._standin(Memory(), geometry, torch.device(device))
+            made = self.standin(Memory(), geometry, torch.device(device))
         else:
             made = twin_of(geometry)
         if not geometry.numel:

@@ -8,8 +8,7 @@ is asked of a twin on the meta device, once for each op and geometry.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol
 
 import torch
 
@@ -62,27 +61,45 @@ def twin_of(geometry: Geometry) -> torch.Tensor:
     return whole.as_strided(geometry.size, geometry.stride, geometry.offset)
 
 
+class Dispatcher(Protocol):
+    """What carries out the operations on stand-ins."""
+
+    views: dict[Any, Any]  # what a view op makes of a geometry
+
+    def dispatch(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any: ...
+
+    def standin(self, memory: Memory, geometry: Geometry, device: torch.device) -> Standin: ...
+
+
 class Standin(torch.Tensor):
     """A view of a `Memory`. A view of it, `detach` included, has none of its Python attributes."""
 
     memory: Memory
     geometry: Geometry
-    dispatch: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
+    recorder: Dispatcher
 
     @staticmethod
     def __new__(
-        cls,
-        memory: Memory,
-        geometry: Geometry,
-        device: torch.device,
-        dispatch: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any],
+        cls, memory: Memory, geometry: Geometry, device: torch.device, recorder: Dispatcher
     ) -> Standin:
         size, stride, offset, dtype = geometry
         made: Standin = torch.Tensor._make_wrapper_subclass(
             cls, size, strides=stride, storage_offset=offset, dtype=dtype, device=device
         )
-        made.memory, made.geometry, made.dispatch = memory, geometry, dispatch
+        made.memory, made.geometry, made.recorder = memory, geometry, recorder
         return made
+
+    # A checkpoint has tens of thousands of tensors of a few shapes: what these made of a shape
+    # once they make of it again, and torch need not be asked.
+
+    def narrow(self, *args: Any, **kwargs: Any) -> Any:
+        return _again(self, torch.Tensor.narrow, args, kwargs)
+
+    def unsqueeze(self, *args: Any, **kwargs: Any) -> Any:
+        return _again(self, torch.Tensor.unsqueeze, args, kwargs)
+
+    def unbind(self, *args: Any, **kwargs: Any) -> Any:
+        return _again(self, torch.Tensor.unbind, args, kwargs)
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
@@ -92,7 +109,7 @@ class Standin(torch.Tensor):
     ) -> Any:
         # Only where the recorder's mode is off; inside it the mode is asked first.
         standin = next(each for each in _flat(args, kwargs) if isinstance(each, Standin))
-        return standin.dispatch(func, args, kwargs or {})
+        return standin.recorder.dispatch(func, args, kwargs or {})
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"Standin({list(self.size())}, {self.dtype})"
@@ -116,10 +133,28 @@ class Standin(torch.Tensor):
         raise RecordingError("a weight cannot be copied out while loading is recorded")
 
 
+def _again(base: Standin, view: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Return what `view`, a method that only makes views, makes of a stand-in."""
+    if kwargs or any(type(each) is not int for each in args):
+        return view(base, *args, **kwargs)
+    recorder, key = base.recorder, (view, base.geometry, args)
+    found = recorder.views.get(key)
+    if found is None:
+        made = view(base, *args)
+        single = isinstance(made, torch.Tensor)
+        recorder.views[key] = (
+            geometry_of(made) if single else tuple(geometry_of(each) for each in made)
+        )
+        return made
+    if isinstance(found, Geometry):
+        return recorder.standin(base.memory, found, base.device)
+    return tuple(recorder.standin(base.memory, each, base.device) for each in found)
+
+
 def _values(standin: Standin) -> torch.Tensor:
     """Return the values of a stand-in as an ordinary tensor."""
     aten = torch.ops.aten
-    found: torch.Tensor = standin.dispatch(aten.mul.Scalar, (standin, 1), {})
+    found: torch.Tensor = standin.recorder.dispatch(aten.mul.Scalar, (standin, 1), {})
     return found
 
 
