@@ -2,6 +2,8 @@
 
 from shardstate.api import (
     Access,
+    Reading,
+    bench,
     copy,
     inspect,
     load,
@@ -21,9 +23,11 @@ __all__ = [
     "Access",
     "Checkpoint",
     "Problem",
+    "Reading",
     "Report",
     "ShardStateError",
     "__version__",
+    "bench",
     "copy",
     "inspect",
     "load",

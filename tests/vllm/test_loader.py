@@ -80,6 +80,9 @@ def test_each_kind_of_checkpoint_gives_the_parameters_of_vllms_own_loader(
     for path in (llama, offline, rules):
         assert raw(loaded(path, rank)) == expected(llama, rank), path
     assert raw(loaded(llama, rank, source=str(offline))) == expected(llama, rank)
+    for path in (llama, offline):
+        how = {"direct": True, "chunk_bytes": 4096, "threads": 3}
+        assert raw(loaded(path, rank, **how)) == expected(llama, rank), path
 
 
 @pytest.mark.parametrize(
@@ -89,6 +92,8 @@ def test_each_kind_of_checkpoint_gives_the_parameters_of_vllms_own_loader(
         ({"verify": "yes"}, "verify is 'yes', expected true or false"),
         ({"threads": 0}, "threads is 0, expected a number, 1 or more"),
         ({"threads": True}, "threads is True"),
+        ({"direct": "yes"}, "direct is 'yes', expected true or false"),
+        ({"chunk_bytes": 0}, "chunk_bytes is 0, expected a number, 1 or more"),
         ({"backend": "magic"}, "backend is 'magic', expected native"),
         ({"source": 3}, "source is 3, expected a text"),
     ],

@@ -8,7 +8,7 @@ from shardstate.api.loading import inspect, load, load_rank, plan
 from shardstate.api.planning import open_path as open  # noqa: A004
 from shardstate.api.signing import sign
 from shardstate.api.writing import MAX_PART_SIZE, parse_size, shard
-from shardstate.storage import TIMEOUT_SECONDS, Access
+from shardstate.storage import TIMEOUT_SECONDS, Access, Reading
 
 CACHE_SIZE = "100GB"  # `Access` has it in bytes
 
@@ -17,6 +17,7 @@ __all__ = [
     "MAX_PART_SIZE",
     "TIMEOUT_SECONDS",
     "Access",
+    "Reading",
     "bench",
     "cache_list",
     "cache_prune",

@@ -72,9 +72,7 @@ def verify(
     ) -> None:
         workers = threads or storage.traits.read_threads
         counters = execute(
-            reads_of(
-                plans, max_gap_bytes=storage.traits.max_gap_bytes, threads=workers, wanted=wanted
-            ),
+            reads_of(plans, traits=storage.traits, threads=workers, wanted=wanted),
             storage=storage,
             target=target,
             threads=workers,
@@ -172,9 +170,7 @@ def check_data(checkpoint: Checkpoint, *, threads: int) -> None:
         catalog = checkpoint.rank_catalog(rank)
         plan, target = plan_identity(catalog), DigestTarget([catalog])
         execute(
-            reads_of(
-                [plan], threads=threads, max_gap_bytes=checkpoint.storage.traits.max_gap_bytes
-            ),
+            reads_of([plan], threads=threads, traits=checkpoint.storage.traits),
             storage=checkpoint.storage,
             target=target,
             threads=threads,

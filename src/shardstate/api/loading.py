@@ -129,9 +129,7 @@ def plan(
             made = rank_plan(checkpoint, rank, tp=tp, layout=layout, request=request)
             storage = checkpoint.storage
             threads = storage.traits.read_threads
-            reads = reads_of(
-                [made.plan], max_gap_bytes=storage.traits.max_gap_bytes, threads=threads
-            )
+            reads = reads_of([made.plan], traits=storage.traits, threads=threads)
             write_planned(report, [made.plan], reads, checkpoint)
             _describe_made(report, made, rank, layout, checkpoint)
             report.by_rule = by_rule(made)
@@ -241,7 +239,7 @@ def load_rank(
                     if map
                     else reads_of(
                         [made.plan],
-                        max_gap_bytes=checkpoint.storage.traits.max_gap_bytes,
+                        traits=checkpoint.storage.traits,
                         threads=workers,
                     )
                 )

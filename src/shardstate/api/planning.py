@@ -44,7 +44,7 @@ from shardstate.sharding import (
     match_rules,
     parse_rules,
 )
-from shardstate.storage import Access, LocalStorage, is_address, storage_at
+from shardstate.storage import Access, LocalStorage, Traits, is_address, storage_at
 from shardstate.storage.adaptive import MOST_THREADS
 from shardstate.storage.local import mapped_errors
 from shardstate.trust import own_digest
@@ -210,23 +210,23 @@ def reads_of(
     threads: int,
     in_dest_order: bool = False,
     wanted: Sequence[frozenset[int]] | None = None,
-    max_gap_bytes: int = LocalStorage.traits.max_gap_bytes,
-    chunk_bytes: int | None = None,
+    traits: Traits = LocalStorage.traits,
 ) -> list[Read]:
     """Return the reads of `plans` for so many threads that their memory keeps to the budget.
 
     A thread holds what it reads, and as much again when that is moved, cast or grows by a cast.
-    While storages choose, as many as `MOST_THREADS` may be at work.
+    While storages choose, as many as `MOST_THREADS` may be at work. `traits` are those of the
+    storage that is read.
     """
     share = MEMORY_BYTES // (4 * max(threads, MOST_THREADS))
-    most = min(chunk_bytes or READ_BYTES, READ_BYTES)
+    most = min(traits.chunk_bytes or READ_BYTES, READ_BYTES)
     read_bytes = min(most, max(share // _GRAIN_BYTES, 1) * _GRAIN_BYTES)
     return plan_reads(
         plans,
         in_dest_order=in_dest_order,
         piece_bytes=min(PIECE_BYTES, read_bytes),
         read_bytes=read_bytes,
-        max_gap_bytes=max_gap_bytes,
+        max_gap_bytes=traits.max_gap_bytes,
         wanted=wanted,
     )
 

@@ -135,7 +135,7 @@ def shard(
             plans = [each.plan for each in made.values()]
             reads = reads_of(
                 plans,
-                max_gap_bytes=checkpoint.storage.traits.max_gap_bytes,
+                traits=checkpoint.storage.traits,
                 threads=threads,
                 in_dest_order=True,
             )
@@ -270,7 +270,7 @@ def _write(
     if len(kept) < len(made) or any(kept.values()):
         reads = reads_of(
             [made[rank].plan for rank in ranks],
-            max_gap_bytes=source.traits.max_gap_bytes,
+            traits=source.traits,
             threads=threads,
             in_dest_order=True,
             wanted=wanted,

@@ -54,6 +54,16 @@ def _common(command: Callable[..., Report]) -> Callable[..., int]:
         "--threads", type=click.IntRange(1, 1024), help="Threads that read or write at once."
     )
     @click.option(
+        "--direct/--no-direct",
+        default=None,
+        help="Read local files past the page cache, or through it  [default: what is faster].",
+    )
+    @click.option(
+        "--chunk-bytes",
+        metavar="SIZE",
+        help="Read no more than that at once: bytes, 1MiB; at most 4MiB.",
+    )
+    @click.option(
         "--timeout",
         type=click.FloatRange(min=0.1),
         default=api.TIMEOUT_SECONDS,
@@ -87,6 +97,8 @@ def _common(command: Callable[..., Report]) -> Callable[..., int]:
         as_json: bool,
         quiet: bool,
         debug: bool,
+        direct: bool | None,
+        chunk_bytes: str | None,
         timeout: float,
         store_options: dict[str, str],
         cache_dir: str | None,
@@ -98,6 +110,11 @@ def _common(command: Callable[..., Report]) -> Callable[..., int]:
             options=store_options,
             cache=cache_dir,
             cache_bytes=api.parse_size(cache_size),
+            reading=api.Reading(
+                threads=arguments.get("threads"),
+                direct=direct,
+                chunk_bytes=None if chunk_bytes is None else api.parse_size(chunk_bytes),
+            ),
         )
         level = logging.DEBUG if debug else logging.ERROR if quiet else logging.WARNING
         logging.basicConfig(stream=sys.stderr, level=level, format="%(message)s", force=True)

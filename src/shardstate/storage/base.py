@@ -31,6 +31,7 @@ class Traits:
     write_threads: int
     max_gap_bytes: int  # reading over this costs less than another request
     remote: bool  # whether a cache in front of it makes sense
+    chunk_bytes: int | None = None  # the most that one request may ask for; None: no opinion
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

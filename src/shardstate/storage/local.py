@@ -17,6 +17,7 @@ import os
 import stat
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import PurePosixPath
 
 import numpy as np
@@ -73,6 +74,8 @@ class LocalStorage:
     ) -> None:
         self.location = os.path.abspath(os.fspath(path))
         self.reading = reading or Reading()
+        if (chunk_bytes := self.reading.chunk_bytes) is not None:
+            self.traits = replace(self.traits, chunk_bytes=chunk_bytes)
         self._lock = threading.Lock()
         self.opening = threading.Lock()  # of what a reader opens
         self._open: dict[str, int] = {}

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, cast
 
 from shardstate.errors import InputError, PathNotFound, UsageError
-from shardstate.storage.base import Storage, Writable
+from shardstate.storage.base import Reading, Storage, Writable
 from shardstate.storage.local import LocalStorage
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ CACHE_BYTES = 100_000_000_000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Access:
-    """How to reach what is not local."""
+    """How to reach what is not local, and how to read what is."""
 
     timeout: float = TIMEOUT_SECONDS  # seconds without a byte until it is an error
     options: Mapping[str, str] = field(default_factory=dict, repr=False)  # may be secrets
@@ -34,6 +34,7 @@ class Access:
     cache_bytes: int = CACHE_BYTES  # that it holds, at most about
     hub_cache: str | None = None  # None: where huggingface_hub has its own
     ignore_patterns: tuple[str, ...] = ()  # files of a hub repository that are not seen
+    reading: Reading = field(default_factory=Reading)  # of local files
 
 
 def is_address(path: str | os.PathLike[str]) -> bool:
@@ -73,7 +74,7 @@ def storage_at(path: str | os.PathLike[str], access: Access) -> Storage:
         raise InputError(
             f"{text}: is no directory; give the directory that holds the checkpoint", file=text
         )
-    return LocalStorage(text)
+    return LocalStorage(text, reading=access.reading)
 
 
 def _store(text: str, access: Access) -> Storage:

@@ -137,9 +137,7 @@ def load_place(
         fit.notes += [*_other_topology(checkpoint, place), *extra_notes(checkpoint, index)]
         _refuse(fit, checkpoint, made, strict=strict)
         plan = compose_plans(made.plan, fit.plan)
-        reads = reads_of(
-            [plan], max_gap_bytes=checkpoint.storage.traits.max_gap_bytes, threads=threads
-        )
+        reads = reads_of([plan], traits=checkpoint.storage.traits, threads=threads)
         write_planned(report, [plan], reads, checkpoint)
         report.bytes = sum(fit.plan.catalog.nbytes(copy.source) for copy in fit.plan)
         report.tensors = len(fit.plan)

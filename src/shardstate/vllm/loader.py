@@ -352,6 +352,7 @@ class ShardedStateLoader(BaseModelLoader):
             options=settings.store_options or {},
             hub_cache=load_config.download_dir,
             ignore_patterns=(ignored,) if isinstance(ignored, str) else tuple(ignored or ()),
+            reading=settings.reading,
         )
         revision = self._at_source(model_config).revision
         here = is_address(location) or os.path.exists(location) or location.startswith(("/", "."))

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from shardstate.errors import UsageError
+from shardstate.storage import Reading
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,8 +23,14 @@ class Settings:
     key: str | None = None  # a file with the Ed25519 key that must have signed the set
     strict: bool = True  # missing and unexpected names, another engine version: an error
     threads: int | None = None  # that read at once
-    direct: bool = False  # past the page cache
+    direct: bool | None = None  # past the page cache, or through it; None: choose while reading
+    chunk_bytes: int | None = None  # the most that one request asks for; None: choose
     backend: str = "native"  # or "safetensors", "runai": read whole rank files their way
+
+    @property
+    def reading(self) -> Reading:
+        """How local files are read."""
+        return Reading(threads=self.threads, direct=self.direct, chunk_bytes=self.chunk_bytes)
 
 
 _KINDS: Mapping[str, tuple[type, str]] = {
@@ -37,6 +44,7 @@ _KINDS: Mapping[str, tuple[type, str]] = {
     "strict": (bool, "true or false"),
     "threads": (int, "a number, 1 or more"),
     "direct": (bool, "true or false"),
+    "chunk_bytes": (int, "a number, 1 or more"),
     "backend": (str, "native, safetensors or runai"),
 }
 
@@ -65,8 +73,6 @@ def parse_settings(config: object) -> Settings:
         if value is not None:
             given[name] = value
     settings = Settings(**given)
-    if settings.direct:
-        raise UsageError(f"{where}: direct is not built yet; leave it out")
     if settings.backend not in ("native", "safetensors", "runai"):
         raise UsageError(
             f"{where}: backend is {settings.backend!r}, expected {_KINDS['backend'][1]}"

@@ -31,7 +31,7 @@ from shardstate.names import provenance_name
 from shardstate.plan import Plan, bytes_wanted
 from shardstate.provenance import parse_provenance
 from shardstate.restore import plan_source
-from shardstate.storage import Entry, LocalStorage, Storage
+from shardstate.storage import Entry, LocalStorage, Reading, Storage
 from shardstate.targets import Target
 from shardstate.torch.recorder import Recorder
 
@@ -72,7 +72,7 @@ class Weights:
         if self.first is not None:
             plan = compose_plans(self.first, plan)
         counters = execute(
-            reads_of([plan], max_gap_bytes=self.storage.traits.max_gap_bytes, threads=self.threads),
+            reads_of([plan], traits=self.storage.traits, threads=self.threads),
             storage=self.storage,
             target=target,
             threads=self.threads,
@@ -98,7 +98,12 @@ def check_recordable(model: torch.nn.Module, model_config: ModelConfig) -> None:
 
 
 def ordinary_weights(
-    default: DefaultModelLoader, model: torch.nn.Module, model_config: ModelConfig, *, threads: int
+    default: DefaultModelLoader,
+    model: torch.nn.Module,
+    model_config: ModelConfig,
+    *,
+    threads: int,
+    reading: Reading,
 ) -> Weights:
     """Return the weights of an ordinary checkpoint, as `default`, vLLM's own loader, chooses them.
 
@@ -120,7 +125,7 @@ def ordinary_weights(
     names = [os.path.relpath(file, folder) for file in files]
     if nested := [name for name in names if os.path.basename(name) != name]:
         raise Unrecordable(f"{nested[0]} lies in a folder of its own")
-    storage = LocalStorage(folder)
+    storage = LocalStorage(folder, reading=reading)
     entries = storage.entries()
     headers = []
     for name in names:
@@ -190,7 +195,9 @@ def weights_of(
     Of a directory, which `model_config` names, with a storage of their own.
     """
     if isinstance(storage, LocalStorage):
-        return ordinary_weights(default, model, model_config, threads=threads)
+        return ordinary_weights(
+            default, model, model_config, threads=threads, reading=storage.reading
+        )
     return remote_weights(storage, default, model, model_config, threads=threads)
 
 
