@@ -35,7 +35,7 @@ from shardstate.trust import require_signature
 from shardstate.vllm.cache import Cache, Entry
 from shardstate.vllm.facts import check_engine
 from shardstate.vllm.parallel import place_of, rank_of
-from shardstate.vllm.recording import Registrations, check_whole
+from shardstate.vllm.recording import Registrations, check_whole, without_collection
 from shardstate.vllm.settings import parse_settings
 from shardstate.vllm.weights import (
     Unrecordable,
@@ -273,7 +273,7 @@ class ShardedStateLoader(BaseModelLoader):
             pass
         with phases("record"):
             try:
-                with recorder:
+                with recorder, without_collection():
                     loaded = cast(Any, model).load_weights(weights.offer(recorder))
                 check_whole(model)
             except ShardStateError as error:

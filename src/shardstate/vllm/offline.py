@@ -31,7 +31,7 @@ from shardstate.torch.aliases import equal_groups, filter_subtensors
 from shardstate.torch.recorder import LITERAL_BYTES, Recorder
 from shardstate.vllm.facts import DTYPES, describe_engine
 from shardstate.vllm.parallel import as_worker, check_expressible, topology_of
-from shardstate.vllm.recording import Registrations
+from shardstate.vllm.recording import Registrations, without_collection
 from shardstate.vllm.remote import local_configuration
 from shardstate.vllm.weights import (
     Unrecordable,
@@ -88,7 +88,7 @@ class VllmPlanner:
         # All that vLLM imported is no garbage of ours: going through it takes most of a second.
         gc.freeze()
         try:
-            with as_worker(self._config, rank):
+            with as_worker(self._config, rank), without_collection():
                 return self._recorded()
         except Unrecordable as error:
             raise InputError(f"{location}: cannot be sharded without an engine: {error}") from None

@@ -251,11 +251,14 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if not isinstance(base, Standin):
             unsafe = func is aten._unsafe_view.default
             return self._compute(func, args, kwargs) if unsafe else func(*args, **kwargs)
-        geometry = geometry_of(base)
-        rest = tuple(tuple(each) if isinstance(each, list) else each for each in args[1:])
-        key = (func, geometry, rest, tuple(kwargs.items()))
-        if any(isinstance(each, torch.Tensor) for each in rest):  # view_as, expand_as
-            return self._compute(func, args, kwargs)
+        geometry = base.geometry
+        rest = args[1:]
+        for each in rest:
+            if isinstance(each, list):
+                rest = tuple(tuple(x) if isinstance(x, list) else x for x in rest)
+            elif isinstance(each, torch.Tensor):  # view_as, expand_as
+                return self._compute(func, args, kwargs)
+        key = (func, geometry, rest, tuple(kwargs.items()) if kwargs else ())
         found = self._views.get(key)
         if found is None:
             made = func(self._roomy_twin(base), *args[1:], **kwargs)
