@@ -20,7 +20,7 @@ from shardstate.layout import Move
 from shardstate.manifest import PartEntry
 from shardstate.storage import Output, Storage, Writable
 
-_SPAN_BYTES = 2 * BLOCK_BYTES
+_SPAN_BYTES = BLOCK_BYTES
 _TRIES = 4  # reading what came with a wrong digest
 
 

@@ -39,6 +39,13 @@ class Hub:
         return {path.rsplit("/", 1)[-1] for method, path in self.requests if method == "GET"}
 
 
+class Server(ThreadingHTTPServer):
+    """A server that lets many clients in at once: each new one waits seconds otherwise."""
+
+    request_queue_size = 128
+    daemon_threads = True
+
+
 @contextlib.contextmanager
 def hub_server(repositories: Mapping[str, dict[str, bytes]]) -> Iterator[Hub]:
     """Yield a running hub; it ends with the context."""
@@ -154,8 +161,7 @@ def hub_server(repositories: Mapping[str, dict[str, bytes]]) -> Iterator[Hub]:
                 hub.body_bytes += len(data)
                 self.wfile.write(data)
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
+    server = Server(("127.0.0.1", 0), Handler)
     hub.port = server.server_address[1]
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()

@@ -10,6 +10,7 @@ from test_commands import files, objects, upload
 
 import shardstate
 from checkpoints import tree, write_llama
+from shardstate.api.planning import MEMORY_BYTES
 from shardstate.errors import DigestError
 from shardstate.storage import Access
 
@@ -74,20 +75,28 @@ def test_what_the_network_corrupts_is_read_again(on_disk, s3, access, folder, tm
     assert not (tmp_path / "other" / "shardstate.json").exists()
 
 
-def test_500_mb_with_failing_requests_and_a_restarted_server(s3, access, folder, tmp_path):
+def test_500_mb_in_bounded_memory_with_failing_requests_and_a_restarted_server(
+    s3, access, folder, tmp_path
+):
     """One request in ten fails, and the server is killed and started again in the middle."""
     source = write_llama(tmp_path / "llama", **LARGE)
     stored, copy = tmp_path / "set", tmp_path / "copy"
     shardstate.shard(source, stored, tp=2, max_part_size="130MB")
     assert sum(file.stat().st_size for file in stored.glob("*.safetensors")) > 500e6
     url = f"s3://bucket/{folder}"
-    shardstate.copy(stored, url, access=access)
+    pushed = shardstate.copy(stored, url, access=access)
+    assert pushed.peak_extra_bytes <= MEMORY_BYTES
+    sharded = shardstate.shard(source, f"{url}-tp8", tp=8, access=access)
+    assert sharded.peak_extra_bytes <= MEMORY_BYTES
+    loaded = shardstate.api.load_rank(f"{url}-tp8", rank=3, access=access)[1]
+    assert loaded.peak_extra_bytes <= MEMORY_BYTES
     with proxy(s3.port, some(0.1, "503", "cut", "reset")) as between:
         there = Access(timeout=30, options=access.options | {"endpoint": between.endpoint})
         restart = threading.Thread(target=restart_when, args=(s3, between, 40))
         restart.start()
-        shardstate.copy(url, copy, access=there)
+        pulled = shardstate.copy(url, copy, access=there)
         restart.join()
+    assert pulled.peak_extra_bytes <= MEMORY_BYTES
     assert shardstate.verify(copy, full=True).problems == ()
 
 

@@ -2,13 +2,20 @@
 
 import contextlib
 import re
+import ssl
 import threading
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from ipaddress import ip_address
 from urllib.parse import unquote
 
 import numpy as np
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 import shardstate
 from checkpoints import write_llama
@@ -53,16 +60,49 @@ class Handler(SimpleHTTPRequestHandler):
         return "Tue, 24 Nov 2026 12:00:00 GMT"  # of all files, at all times
 
 
+class Server(ThreadingHTTPServer):
+    request_queue_size = 128
+    daemon_threads = True
+
+    def handle_error(self, *_):
+        pass  # clients that do not trust it leave
+
+
 @contextlib.contextmanager
-def server(folder, handler=Handler):
-    found = ThreadingHTTPServer(("127.0.0.1", 0), partial(handler, directory=str(folder)))
-    found.daemon_threads = True
+def server(folder, handler=Handler, tls=None):
+    found = Server(("127.0.0.1", 0), partial(handler, directory=str(folder)))
+    if tls is not None:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(tls / "cert.pem", tls / "key.pem")
+        found.socket = context.wrap_socket(found.socket, server_side=True)
     threading.Thread(target=found.serve_forever, daemon=True).start()
     try:
         yield f"127.0.0.1:{found.server_address[1]}"
     finally:
         found.shutdown()
         found.server_close()
+
+
+def certificate(folder):
+    """Write a certificate that nobody trusts, for 127.0.0.1, and its key."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "tests")])
+    now = datetime.now(UTC)
+    address = x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))])
+    made = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(1)
+        .not_valid_before(now - timedelta(days=1))
+        .not_valid_after(now + timedelta(days=1))
+        .add_extension(address, critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    (folder / "cert.pem").write_bytes(made.public_bytes(Encoding.PEM))
+    raw = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    (folder / "key.pem").write_bytes(raw)
 
 
 @pytest.fixture
@@ -121,6 +161,16 @@ def test_a_server_without_byte_ranges_is_said_so(source):
     with server(source.parent, Whole) as host:
         with pytest.raises(StorageError, match="ignores byte ranges"):
             shardstate.load(f"http://{host}/llama", rank=0, tp=2, access=QUICK)
+
+
+def test_a_certificate_that_is_not_trusted_and_one_that_is(source, tmp_path, monkeypatch):
+    certificate(tmp_path)
+    with server(source.parent, tls=tmp_path) as host:
+        with pytest.raises(StorageError, match=r"certificate is not trusted.*SSL_CERT_FILE"):
+            shardstate.load(f"https://{host}/llama", rank=0, tp=2, access=QUICK)
+        monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "cert.pem"))
+        found = shardstate.load(f"https://{host}/llama", rank=0, tp=2, access=QUICK)
+    same_arrays(found, shardstate.load(source, rank=0, tp=2))
 
 
 def test_nothing_there(source):

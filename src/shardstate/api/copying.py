@@ -39,7 +39,7 @@ from shardstate.transfer import (
 )
 
 _FILE_TRIES = 4
-_AT_ONCE = 3  # files that are open at the same time: they follow each other
+_AT_ONCE = 2  # files that are open at the same time: they follow each other
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ def cli() -> None:
     """Gets the weights of large models into workers.
 
     Shards checkpoints by tensor-parallel rank, loads a rank reading only its bytes, and verifies
-    what is stored. PATH is a directory.
+    what is stored. PATH is a directory, s3://…, gs://…, az://…, https://… or a hub id org/name.
 
     Exit status: 0 done, 1 damage found, 2 bad usage or input, 3 storage failed, 4 bug, 130 Ctrl-C.
     """

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 # By how long a small request takes, seconds; measured, see `docs/benchmarks.md`. In the time of a
 # request a store that is far away sends much, so that reading over gaps is cheaper there.
-NEAR = Traits(read_threads=8, write_threads=8, max_gap_bytes=256 << 10, remote=True)
+NEAR = Traits(read_threads=16, write_threads=8, max_gap_bytes=256 << 10, remote=True)
 MIDDLE = Traits(read_threads=16, write_threads=8, max_gap_bytes=1 << 20, remote=True)
 FAR = Traits(read_threads=32, write_threads=8, max_gap_bytes=2 << 20, remote=True)
 _NEAR_SECONDS, _FAR_SECONDS = 0.008, 0.025

@@ -17,11 +17,11 @@ from shardstate.storage.faults import diagnose, error_of
 from shardstate.storage.reading import ObjectReader
 from shardstate.storage.tries import Stopped
 
-_MEMORY_BYTES = 128 << 20  # for parts on their way, of all outputs together
+_MEMORY_BYTES = 96 << 20  # for parts on their way, of all outputs together
 _SMALL_PART, _PART = 5 << 20, 8 << 20  # stores refuse smaller ones
 _MOST_PARTS = 10_000  # that a store accepts for one object
 _MOST_AT_ONCE = 8
-_EARLY_BYTES = 64 << 20  # that came early, of all outputs together
+_EARLY_BYTES = 32 << 20  # that came early, of all outputs together
 
 
 class Uploads:
@@ -31,7 +31,7 @@ class Uploads:
         self.client, self.reader = client, reader
         share = _MEMORY_BYTES // outputs
         self._part = _PART if share >= 4 * _PART else _SMALL_PART
-        # Beside those on their way one is being filled, and one is waiting.
+        # Beside those on their way one is being filled, and one is taken.
         self.at_once = max(1, min(_MOST_AT_ONCE, share // self._part - 2))
         self.early_bytes = _EARLY_BYTES // outputs
 
@@ -96,10 +96,12 @@ class ObjectOutput:
         self._early_bytes = 0
         self._at = 0  # all before has come
         self._busy = False  # whether a thread is passing bytes on
-        self._filling = bytearray()
+        self._filling = bytearray(min(self._part_bytes, nbytes))
+        self._filled = 0  # bytes of it
         self._stopped = False
         self._error: Exception | None = None
-        self._parts: queue.Queue[bytes | None] = queue.Queue(1)
+        self._parts: queue.Queue[bytearray | memoryview | None] = queue.Queue()
+        self._taken = threading.Event()
         self._thread: threading.Thread | None = None  # of an upload in parts
         self._done = False
         self._before: object = None  # identity of the object that is replaced
@@ -142,31 +144,32 @@ class ObjectOutput:
 
     def _pass_on(self, data: memoryview) -> None:
         while len(data):
-            piece = data[: self._part_bytes - len(self._filling)]
-            self._filling += piece
+            piece = data[: self._part_bytes - self._filled]
+            self._filling[self._filled : self._filled + len(piece)] = piece
+            self._filled += len(piece)
             data = data[len(piece) :]
-            if len(self._filling) == self._part_bytes:
-                part, self._filling = bytes(self._filling), bytearray()
-                self._send(part)
+            if self._filled == self._part_bytes:
+                self._send(self._filling)
+                self._filling, self._filled = bytearray(self._part_bytes), 0
 
-    def _send(self, part: bytes | None) -> None:
+    def _send(self, part: bytearray | memoryview | None) -> None:
         if self._thread is None:
             self._thread = threading.Thread(
                 target=self._upload, name=f"shardstate-upload-{self._name}", daemon=True
             )
             self._thread.start()
-        while True:
+        self._taken.clear()
+        self._parts.put(part)
+        # Until the client takes it: a part that lies here would be memory for nothing.
+        while not self._taken.wait(0.1):
             if self._stopped or self._error is not None:
                 self._raise()
-            with contextlib.suppress(queue.Full):
-                self._parts.put(part, timeout=0.1)
-                return
 
     def _upload(self) -> None:
         """Pass the parts to the client, which aborts the upload if they end in an exception."""
         import obstore
 
-        def parts() -> Iterator[bytes]:
+        def parts() -> Iterator[bytearray | memoryview]:
             while True:
                 try:
                     part = self._parts.get(timeout=0.1)
@@ -174,9 +177,11 @@ class ObjectOutput:
                     if self._stopped:
                         raise _Discarded from None
                     continue
+                self._taken.set()
                 if part is None:
                     return
                 yield part
+                del part
 
         try:
             self._before = self._uploads.identity(self._name)
@@ -202,10 +207,10 @@ class ObjectOutput:
             )
         self._uploads.reader.forget(self._name)
         if self._thread is None:
-            self._uploads.put(self._name, memoryview(self._filling))
+            self._uploads.put(self._name, memoryview(self._filling)[: self._filled])
         else:
-            if self._filling:
-                self._send(bytes(self._filling))
+            if self._filled:
+                self._send(memoryview(self._filling)[: self._filled])
             self._send(None)
             self._thread.join()
             if self._error is not None and not self._arrived():
