@@ -55,7 +55,7 @@ bench: $(BENCH_VENV)/.ready $(VLLM_VENV)/.ready
 	@export VLLM_CPU_KVCACHE_SPACE=1 VLLM_LOGGING_LEVEL=ERROR; for script in weights record; do \
 	  echo "bench/$$script.py"; \
 	  $(VLLM_VENV)/bin/python bench/$$script.py > bench/out/results/$$script.json || exit 1; done; \
-	  echo "bench/shard.py --layout vllm"; $(VLLM_VENV)/bin/python bench/shard.py --layout vllm \
+	  echo "bench/shard.py --layout vllm"; $(VLLM_VENV)/bin/python bench/shard.py --layout vllm --no-raw \
 	  > bench/out/results/shard-vllm.json
 	@$(BENCH_VENV)/bin/python bench/report.py && echo docs/benchmarks.md
 

@@ -7,7 +7,7 @@ memory for the first time is slow here, and no part of reading. Residency is pro
 Half cached, twelve of the settings are tried. All results are compared bit for bit. What one run
 learnt of the disk is forgotten before the next. Prints one JSON line.
 
-    python bench/load.py [--rounds 6] [--work bench/out]
+    python bench/load.py [--rounds 5] [--work bench/out]
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from shardstate.torch import load, load_model
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--work", type=Path, default=Path("bench/out"))
     arguments = parser.parse_args()
     logging.getLogger("shardstate").setLevel(logging.ERROR)

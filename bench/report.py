@@ -159,9 +159,12 @@ def shard(result: Result) -> list[str]:
                 *((f"raw {name}", "", str(gbps[name])) for name in raw),
             ),
         ),
-        f"{result['ratio']} times as fast as `cp` (by round: "
-        f"{', '.join(map(str, result['ratio_by_round']))});"
-        f" {result['ratio_to_best_raw_write']} of the best raw write ({best}).",
+        f"{result['ratio']} times as fast as `cp` (by round: {', '.join(map(str, result['ratio_by_round']))})"
+        + (
+            f"; {result['ratio_to_best_raw_write']} of the best raw write ({best})."
+            if best
+            else "."
+        ),
         f"Phases of the last round: {phases}."
         f" Memory beyond the plan: {result['peak_extra_bytes'] / 1e6:.0f} MB.",
         "",

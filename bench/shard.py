@@ -5,9 +5,9 @@ the page cache for both, as far as memory allows. Prints one JSON line; figures 
 `ratio` is the median time of cp by the median `phases.write` of shard: above 1 is faster than cp.
 Raw writes are a sweep: threads 1, 2, 4, 8 × through the page cache or past it × pre-allocated or
 not, chunks of 4 MiB of as many files; the best is chosen on half of the rounds and compared on the
-others.
+others; `--no-raw` leaves them out.
 
-    python bench/shard.py [--source DIR] [--tp 8] [--layout rules] [--rounds 6] [--work bench/out]
+    python bench/shard.py [--source DIR] [--tp 8] [--layout rules] [--rounds 5] [--work bench/out]
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ def main() -> None:
     parser.add_argument("--source", type=Path)
     parser.add_argument("--tp", type=int, default=8)
     parser.add_argument("--layout", default="rules", help="vllm: run it where vLLM is installed")
-    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--no-raw", action="store_true")
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--work", type=Path, default=Path("bench/out"))
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
@@ -62,7 +63,7 @@ def main() -> None:
         os.sync()
         report = shardstate.shard(source, target, tp=arguments.tp, layout=arguments.layout)
         sizes = [-(-each["bytes"] // 4096) * 4096 for each in report.file_list]
-        for setting in rawwrite.SWEEP:
+        for setting in () if arguments.no_raw else rawwrite.SWEEP:
             os.sync()
             seconds_raw = rawwrite.write_files(arguments.work / "raw", sizes, setting, block)
             if number:
@@ -76,7 +77,8 @@ def main() -> None:
     problems = shardstate.verify(target, against=source).problems
     shutil.rmtree(target)
     gigabytes = report.bytes / 1e9
-    best, best_seconds = best_of(raw, list(raw))
+    raw = {name: values for name, values in raw.items() if values}
+    best, best_seconds = best_of(raw, list(raw)) if raw else (None, None)
     result = {
         "bench": "shard",
         "bytes": report.bytes,
@@ -95,7 +97,8 @@ def main() -> None:
             name: round(gigabytes / statistics.median(values), 2) for name, values in raw.items()
         },
         "best_raw_write": best,
-        "ratio_to_best_raw_write": round(best_seconds / statistics.median(writes), 3),
+        "ratio_to_best_raw_write": best_seconds
+        and round(best_seconds / statistics.median(writes), 3),
         "peak_extra_bytes": max(extra),
         "problems_against_source": len(problems),
         "machine": machine(),

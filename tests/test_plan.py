@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from math import prod
 
@@ -475,3 +476,44 @@ def test_what_is_empty_is_left_out() -> None:
     assert [list(plan), list(plan.fills), list(plan.literals)] == [[], [], []]
     assert faults(plan) == []
     assert bytes_wanted([plan]) == bytes_wanted([]) == prod([0])
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.integers(0, 2),  # of three source tensors
+            st.integers(0, 20),
+            st.lists(st.tuples(st.integers(2, 4), st.integers(0, 9)), max_size=3),
+        ),
+        max_size=6,
+    )
+)
+def test_bytes_wanted_is_the_union_of_all_elements_that_copies_read(drawn):
+    catalog = catalog_of_bytes(3, 200)
+    copies, touched = [], set()
+    for row, offset, loops in drawn:
+        strides, size = [], 1
+        for n, source in reversed(loops):
+            strides.append((n, source, size))
+            size *= n
+        copies.append(Copy(row, 0, "U8", "U8", Move(offset, 0, canonical(reversed(strides)))))
+        for steps in itertools.product(*(range(n) for n, _ in loops)):
+            at = offset + sum(i * s for i, (_, s) in zip(steps, loops, strict=True))
+            touched.add((row, at))
+    tensors = Tensors(("made",), ("U8",), ((64,),))
+    assert bytes_wanted([make_plan(catalog, tensors, copies)]) == len(touched)
+    halves = [make_plan(catalog, tensors, part) for part in (copies[::2], copies[1::2])]
+    assert bytes_wanted(halves) == len(touched)
+
+
+def catalog_of_bytes(count, nbytes):
+    """Return a catalog of flat tensors of bytes, one after the other in one file."""
+    return Catalog(
+        tuple(f"t{i}" for i in range(count)),
+        ("U8",) * count,
+        ((nbytes,),) * count,
+        ("model.safetensors",),
+        (count * nbytes,),
+        np.zeros(count, dtype=np.int32),
+        np.arange(count, dtype=np.int64) * nbytes,
+    )

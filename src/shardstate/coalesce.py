@@ -446,6 +446,12 @@ def _part_of(piece: Piece, move: Move, segment: Segment | None = None) -> Piece:
 def _pieces(whole: Piece, limits: _Limits) -> Iterator[Piece]:
     """Yield `whole` in pieces that keep to the limits."""
     widths = DTYPES[whole.source_dtype].itemsize, DTYPES[whole.dest_dtype].itemsize
+    loops = whole.move.loops
+    if not loops or (
+        len(loops) == 1 and loops[0][1] == 1 and loops[0][0] * max(widths) <= limits.piece
+    ):
+        yield whole  # most of them
+        return
     for move in _cut(whole.move, widths, limits.piece, limits.gap):
         yield whole if move is whole.move else _part_of(whole, move)
 
