@@ -280,6 +280,7 @@ def main() -> None:
         if (file := arguments.results / f"{name}.json").exists() and file.stat().st_size
     }
     machine = next((r["machine"] for r in found.values() if "machine" in r), "")
+    left_out = [name for name, *_ in SECTIONS if name not in found]
     today = datetime.now(UTC).date().isoformat()
     lines = [
         "# Benchmarks",
@@ -290,6 +291,7 @@ def main() -> None:
         "Figures are medians, with lowest and highest in brackets; a ratio whose rounds overlap is"
         " marked, and is no win.",
         "Times on shared machines drift from run to run: compare within a section only.",
+        *([f"Not run this time: {', '.join(left_out)}."] if left_out else []),
         "Cold and warm are proven by residency before each run, and results compared bit for bit.",
         "",
     ]
