@@ -285,7 +285,7 @@ def main() -> None:
     lines = [
         "# Benchmarks",
         "",
-        f"Written by `make bench` on {today}: {machine}, no GPU, a virtual disk with ext4.",
+        f"Written by `bench/report.py` (`make bench` runs all scripts, then that) on {today}: {machine}, no GPU, a virtual disk with ext4.",
         "Each section is one run of the script named there, with all peers in that run; rounds are"
         " interleaved, and the order rotates.",
         "Figures are medians, with lowest and highest in brackets; a ratio whose rounds overlap is"

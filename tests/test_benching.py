@@ -9,11 +9,12 @@ from xml.etree import ElementTree
 import pytest
 
 from checkpoints import write_llama
-from shardstate import api, plot
+from shardstate import Access, Reading, api, plot
 from shardstate.cli.main import run
 from shardstate.errors import UsageError
 from shardstate.plot import Bar, bars_svg
 from shardstate.raw import Setting, Span, drop, read_spans, resident, room_for, touched
+from shardstate.storage.adaptive import AdaptiveReader
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +50,20 @@ def test_what_a_person_reads(folder, capsys):
 def test_no_more_is_read_than_asked_for(folder):
     whole = api.bench(folder, rounds=1).bytes
     assert 0 < api.bench(folder, rounds=1, max_size=whole // 2).bytes <= whole // 2
+
+
+def test_the_caller_decides_how_the_engine_reads(folder, monkeypatch):
+    sizes = []
+    real = AdaptiveReader.read_into
+
+    def read_into(reader, name, begin, views):
+        sizes.append(sum(view.nbytes for view in views))
+        return real(reader, name, begin, views)
+
+    monkeypatch.setattr(AdaptiveReader, "read_into", read_into)
+    access = Access(reading=Reading(threads=3, chunk_bytes=64 << 10))
+    api.bench(folder, rounds=1, access=access)
+    assert 0 < max(sizes) <= 3 * (64 << 10)
 
 
 def test_where_the_cache_keeps_the_files_cold_is_not_claimed(folder):

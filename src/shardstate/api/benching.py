@@ -168,7 +168,8 @@ def _engine(
         for row in range(len(plan.tensors)):
             begins.append(size)
             size += -(-plan.tensors.nbytes(row) // _ALIGN) * _ALIGN
-    reads = [reads_of([plan], threads=threads) for plan in plans]
+    traits = checkpoint.storage.traits
+    reads = [reads_of([plan], threads=threads, traits=traits) for plan in plans]
 
     def read(memory: np.ndarray) -> float:
         at, seconds = iter(begins), 0.0
