@@ -31,7 +31,6 @@ _DIRECT = (Way(8, True), Way(4, True), Way(MOST_THREADS, True))
 _BUFFERED = (Way(2, False), Way(8, False))
 _MANY_HITS = 32  # reads in a row that found all cached: reading ahead does not do that
 _LOOK_SECONDS = 0.2  # how often others are looked for
-_PAGE = os.sysconf("SC_PAGESIZE")
 
 _learnt: dict[int, dict[Way, float]] = {}  # by device, for as long as the process lives
 
