@@ -16,6 +16,7 @@ SOURCE = Path(shardstate.__file__).parent
 # A module imports only what stands above it. Imports inside functions are free.
 ORDER = [
     "errors",
+    "garbage",
     "dtypes",
     "jsontext",
     "layout",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 
@@ -104,7 +103,7 @@ def rebased_plan(plan: Plan, source: Catalog) -> tuple[Plan, set[str]]:
             rows[row] = at
     used = {old.names[row] for row in np.unique(plan.source) if rows[row] < 0}
     copies = [
-        replace(copy, source=int(rows[copy.source])) for copy in plan if rows[copy.source] >= 0
+        copy._replace(source=int(rows[copy.source])) for copy in plan if rows[copy.source] >= 0
     ]
     return make_plan(
         source, plan.tensors, copies, plan.fills, plan.literals, opaque=plan.opaque

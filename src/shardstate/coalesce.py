@@ -20,12 +20,14 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
 from math import prod
 from operator import itemgetter
 from typing import NamedTuple
 
 from shardstate.digest import BLOCK_BYTES
 from shardstate.dtypes import DTYPES
+from shardstate.garbage import without_collection
 from shardstate.layout import Loop, Move, canonical
 from shardstate.plan import Plan
 
@@ -34,6 +36,8 @@ OVERREAD = 0.04
 
 # Memory for all segments that are being assembled. Each slot has an equal share of it.
 ASSEMBLY_BYTES = 64 << 20
+
+_FEW = 64  # pieces of one copy
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +53,7 @@ class Segment:
         return self.end - self.begin
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(NamedTuple):
     """A part of a copy, or a constant: elements for one tensor of one plan."""
 
     slot: int  # which plan
@@ -71,8 +74,8 @@ class Piece:
     @property
     def end(self) -> int:
         """One past the last byte of the file that the piece needs."""
-        reach = sum([(n - 1) * s for n, s, _ in self.move.loops])
-        return self.base + (self.move.source + reach + 1) * DTYPES[self.source_dtype].itemsize
+        end = self.move.source + _reach(self.move.loops) + 1
+        return self.base + end * DTYPES[self.source_dtype].itemsize
 
     @property
     def source_run(self) -> bool:
@@ -114,8 +117,7 @@ class Piece:
         return self.move.size * DTYPES[self.dest_dtype].itemsize
 
 
-@dataclass(frozen=True, slots=True)
-class Read:
+class Read(NamedTuple):
     """One request: bytes `[begin, end)` of `file`, and the pieces that are served from them."""
 
     file: str | None  # None: the pieces are constants, and nothing is read
@@ -126,6 +128,12 @@ class Read:
     @property
     def nbytes(self) -> int:
         return self.end - self.begin
+
+
+@lru_cache(maxsize=4096)
+def _reach(loops: tuple[Loop, ...]) -> int:
+    """Return the elements of the source from the first to the last that loops read."""
+    return sum((n - 1) * source for n, source, _ in loops)
 
 
 _Part = tuple[Piece, int]  # an entry of a plan, whole or cut, and the number of its file
@@ -140,6 +148,7 @@ class _Limits:
     room: int  # all segments that a slot assembles at a time
 
 
+@without_collection()
 def plan_reads(
     plans: Sequence[Plan],
     *,
@@ -215,19 +224,24 @@ def _bridged_gaps(
 ) -> set[int]:
     """Return the numbers of the pieces that are read together with the gap before them."""
     gaps: list[tuple[int, int]] = []
-    end = 0
-    wanted = 0  # bytes of the files: what several ranks read counts once, and casts do not count
+    new: list[int] = []  # bytes of each span that are in none before
+    end = before = 0
     for i, (a, b) in enumerate(spans):
-        if files[i] < 0:
-            continue
-        if not i or files[i] != files[i - 1] or a < spans[i - 1][0]:
+        if not i or files[i] != files[i - 1] or a < before:
             end = a
-        elif 0 < a - end <= max_gap_bytes:
+        elif files[i] >= 0 and 0 < a - end <= max_gap_bytes:
             gaps.append((a - end, i))
-        if pieces[i].source_full:
-            wanted += max(0, b - max(a, end))
+        before = a
+        new.append(b - a if a >= end else max(0, b - end))
         end = max(end, b)
-    budget = OVERREAD * wanted
+    if not gaps:
+        return set()
+    # Bytes of the files: what several ranks read counts once, and casts do not count.
+    budget = OVERREAD * sum(
+        nbytes
+        for nbytes, file, piece in zip(new, files, pieces, strict=True)
+        if nbytes and file >= 0 and piece.source_full
+    )
     bridged = set()
     for gap, i in sorted(gaps):
         budget -= gap
@@ -452,8 +466,31 @@ def _pieces(whole: Piece, limits: _Limits) -> Iterator[Piece]:
     ):
         yield whole  # most of them
         return
-    for move in _cut(whole.move, widths, limits.piece, limits.gap):
-        yield whole if move is whole.move else _part_of(whole, move)
+    move = whole.move
+    # Where it begins in a block of its destination is all that counts of its place.
+    begin = move.dest % max(1, BLOCK_BYTES // widths[1])
+    cuts = _few_cuts(loops, begin, widths, limits.piece, limits.gap)
+    if cuts is None:
+        for part in _cut(move, widths, limits.piece, limits.gap):
+            yield _part_of(whole, part)
+    elif len(cuts) == 1:
+        yield whole
+    else:
+        for source, dest, inner in cuts:
+            place = Move(move.source + source, move.dest + dest - begin, inner)
+            yield _part_of(whole, place)
+
+
+@lru_cache(maxsize=4096)
+def _few_cuts(
+    loops: tuple[Loop, ...], dest: int, widths: tuple[int, int], limit: int, max_gap_bytes: int
+) -> tuple[Move, ...] | None:
+    """Return what `_cut` makes of loops; None where it is not worth keeping for the next tensor.
+
+    A checkpoint has tens of thousands of tensors of a few shapes.
+    """
+    cuts = tuple(islice(_cut(Move(0, dest, loops), widths, limit, max_gap_bytes), _FEW + 1))
+    return cuts if len(cuts) <= _FEW else None
 
 
 def _cut(move: Move, widths: tuple[int, int], limit: int, max_gap_bytes: int) -> Iterator[Move]:

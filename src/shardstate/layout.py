@@ -20,10 +20,10 @@ loops are unrolled, the shortest first, until they do; `NotNested` where that ta
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise, product
 from math import prod
+from typing import NamedTuple
 
 import numpy as np
 
@@ -39,13 +39,8 @@ _ELEMENTS = 1 << 24
 _TOO_MANY = 1 << 63
 _PAIRS = 1 << 20  # of interleaved regions compared, before `overlap` gives up
 
-# So many parts may a pair of moves be unrolled into; and so many elements may be told one by one.
-_PARTS = 4096
-_ELEMENTS = 1 << 24
 
-
-@dataclass(frozen=True, slots=True)
-class Region:
+class Region(NamedTuple):
     """One side of a move: elements `offset + Σ i·stride`, `0 <= i < size` for each loop."""
 
     offset: int
@@ -64,8 +59,7 @@ class Region:
         return self.offset + sum((size - 1) * stride for size, stride in self.loops) + 1
 
 
-@dataclass(frozen=True, slots=True)
-class Move:
+class Move(NamedTuple):
     """Elements of one tensor that go to elements of another, in step."""
 
     source: int  # offset of the first element read

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
+from typing import NamedTuple
 
 import numpy as np
 
@@ -35,8 +36,7 @@ from shardstate.sharding import Kind, Rank, share
 _FAR = 1 << 59  # elements, more than any tensor has: where sums of a hostile plan would overflow
 
 
-@dataclass(frozen=True, slots=True)
-class Copy:
+class Copy(NamedTuple):
     """Elements of source tensor `source` that go to tensor `dest`; rows of the plan's tables."""
 
     source: int
@@ -160,7 +160,17 @@ class Plan:
         return np.diff(self.loop_begin) > 0
 
     def __iter__(self) -> Iterator[Copy]:
-        return (self.copy(i) for i in range(len(self)))
+        loops = [tuple(loop) for loop in self.loops.tolist()]
+        tags, ends = self.tags, self.loop_begin.tolist()
+        columns = (
+            self.source, self.dest, self.source_tag, self.dest_tag, self.source_offset,
+            self.dest_offset,
+        )  # fmt: skip
+        for i, (source, dest, a, b, begin, at) in enumerate(
+            zip(*(column.tolist() for column in columns), strict=True)
+        ):
+            move = Move(begin, at, tuple(loops[ends[i] : ends[i + 1]]))
+            yield Copy(source, dest, tags[a], tags[b], move)
 
     def __str__(self) -> str:
         nbytes = sum(self.tensors.nbytes(row) for row in range(len(self.tensors)))
@@ -288,15 +298,9 @@ def faults(plan: Plan) -> list[str]:
     for i in np.flatnonzero(plan.source_end * widths[plan.source_tag] > stored[plan.source]):
         name = plan.tensors.names[plan.dest[i]]
         found.append(f"{name}: reads past {plan.catalog.names[plan.source[i]]}")
-    # Nearly every tensor is one copy that fills it from end to end: told without a loop.
     made = np.array([plan.tensors.nbytes(row) for row in range(len(plan.tensors))])
-    fills = plan.dense & (plan.dest_offset == 0)
-    fills &= plan.size * widths[plan.dest_tag] == made[plan.dest]
-    alone = np.bincount(plan.dest, minlength=len(made)) == 1
-    alone[[fill.dest for fill in plan.fills]] = False
-    alone[[literal.dest for literal in plan.literals]] = False
-    done = set(plan.dest[fills & alone[plan.dest]].tolist())
-    for i in np.flatnonzero(~(fills & alone[plan.dest])):
+    done = _tiled(plan, made, widths[plan.dest_tag])
+    for i in np.flatnonzero(~done[plan.dest]):
         copy = plan.copy(i)
         width = DTYPES[copy.dest_dtype].itemsize
         writes[copy.dest].append(region_in_bytes(copy.move.dest_region, width))
@@ -305,7 +309,7 @@ def faults(plan: Plan) -> list[str]:
     for literal in plan.literals:
         writes[literal.dest].append(Region(literal.begin, ((len(literal.data), 1),)))
     for row, name in enumerate(plan.tensors.names):
-        if row in done:
+        if done[row]:
             continue
         regions, nbytes = writes.get(row, []), int(made[row])
         covered = sum(region.size for region in regions)
@@ -320,6 +324,30 @@ def faults(plan: Plan) -> list[str]:
             except NotNested as error:
                 found.append(f"{name}: {error}")
     return found
+
+
+def _tiled(plan: Plan, made: np.ndarray, width: np.ndarray) -> np.ndarray:
+    """Return which tensors, of `made` bytes, are runs that lie end to end, and nothing else.
+
+    Nearly all are; they are told without a loop. `width`: bytes of an element, by copy.
+    """
+    dest, sized = plan.dest, made[plan.dest]
+    run = plan.dense & (plan.dest_offset >= 0)
+    run &= (plan.dest_offset <= sized) & (plan.size <= sized)  # no sum below leaves its type
+    tiled = np.bincount(dest, minlength=len(made)) > 0
+    tiled[dest[~run]] = False
+    tiled[[fill.dest for fill in plan.fills]] = False
+    tiled[[literal.dest for literal in plan.literals]] = False
+    runs = np.flatnonzero(tiled[dest])
+    runs = runs[np.lexsort((plan.dest_offset[runs], dest[runs]))]
+    row, begin = dest[runs], plan.dest_offset[runs] * width[runs]
+    end = begin + plan.size[runs] * width[runs]
+    first = np.append(True, row[1:] != row[:-1])[: len(runs)]
+    expected = np.where(first, 0, np.append(0, end[:-1])[: len(runs)])
+    tiled[row[begin != expected]] = False
+    last = np.append(row[1:] != row[:-1], True)[: len(runs)]
+    tiled[row[last & (end != made[row])]] = False
+    return tiled
 
 
 def check_plan(plan: Plan) -> None:

@@ -31,7 +31,9 @@ def start(path, load_format, *, tp=2, extra=None, env=None):
     )
     log = found.stdout + found.stderr
     answer = re.search(r"^RESULT (.*)$", found.stdout, re.MULTILINE)
-    assert answer is not None, log[-6000:]
+    # A worker's own error stands far above what the processes over it print about its end.
+    causes = "\n".join(line for line in log.splitlines() if " ERROR " in line)
+    assert answer is not None, causes[:6000] or log[-6000:]
     return json.loads(answer[1]), log
 
 

@@ -23,6 +23,7 @@ from shardstate.api.loading import log_loaded
 from shardstate.checkpoint import Checkpoint, find_parts, open_checkpoint
 from shardstate.engine import Progress
 from shardstate.errors import DamageError, InputError, ShardStateError, UsageError
+from shardstate.garbage import without_collection
 from shardstate.names import MANIFEST, record_rank
 from shardstate.report import Phases, Report
 from shardstate.signing import checking_key
@@ -35,7 +36,7 @@ from shardstate.trust import require_signature
 from shardstate.vllm.cache import Cache, Entry
 from shardstate.vllm.facts import check_engine
 from shardstate.vllm.parallel import place_of, rank_of
-from shardstate.vllm.recording import Registrations, check_whole, without_collection
+from shardstate.vllm.recording import Registrations, check_whole
 from shardstate.vllm.settings import parse_settings
 from shardstate.vllm.weights import (
     Unrecordable,

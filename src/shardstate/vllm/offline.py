@@ -25,13 +25,14 @@ from shardstate.api.planners import Made, Request, quiet_vllm
 from shardstate.checkpoint import Checkpoint
 from shardstate.digest import digest_of
 from shardstate.errors import InputError, ShardStateError, UsageError
+from shardstate.garbage import without_collection
 from shardstate.names import check_pattern, default_pattern
 from shardstate.plan import check_plan
 from shardstate.torch.aliases import equal_groups, filter_subtensors
 from shardstate.torch.recorder import LITERAL_BYTES, Recorder
 from shardstate.vllm.facts import DTYPES, describe_engine
 from shardstate.vllm.parallel import as_worker, check_expressible, topology_of
-from shardstate.vllm.recording import Registrations, without_collection
+from shardstate.vllm.recording import Registrations
 from shardstate.vllm.remote import local_configuration
 from shardstate.vllm.weights import (
     Unrecordable,

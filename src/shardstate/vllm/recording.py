@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,18 +11,6 @@ from shardstate.torch.recorder import RecordingError, Standin
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
-
-
-@contextmanager
-def without_collection() -> Iterator[None]:
-    """Let nobody look for garbage: recording makes much that stays, and next to none."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 class Registrations:

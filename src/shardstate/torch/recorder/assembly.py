@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -34,7 +34,7 @@ def assemble(
     for dest, each in enumerate(entries):
         for entry in each:
             if entry.source >= 0:
-                copies.append(replace(entry, dest=dest) if dest else entry)
+                copies.append(entry._replace(dest=dest) if dest else entry)
                 continue
             value = values[-2 - entry.source]
             if value.origin is None and len(value.data) == DTYPES[entry.source_dtype].itemsize:

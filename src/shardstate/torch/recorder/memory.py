@@ -35,6 +35,18 @@ def unit_of(dtype: torch.dtype) -> str:
 
 
 @lru_cache(maxsize=65536)
+def _step(
+    size: tuple[int, ...],
+    source: tuple[int, ...],
+    dest: tuple[int, ...],
+    source_dtype: torch.dtype,
+    dest_dtype: torch.dtype,
+) -> tuple[str, str, tuple[Loop, ...]]:
+    """Return the units and the loops of a copy between two strided views of one size."""
+    return unit_of(source_dtype), unit_of(dest_dtype), loops_between(size, source, dest)
+
+
+@lru_cache(maxsize=65536)
 def loops_between(
     size: tuple[int, ...], source: tuple[int, ...], dest: tuple[int, ...]
 ) -> tuple[Loop, ...]:
@@ -115,18 +127,23 @@ class Memory:
 
     def view(self, source: Geometry, goal: Geometry) -> Iterator[Copy]:
         """Yield the copies that take a view of this memory to `goal` in another one."""
-        loops = loops_between(source.size, source.stride, goal.stride)
-        move = Move(source.offset, goal.offset, loops)
-        then = Copy(0, 0, unit_of(source.dtype), unit_of(goal.dtype), move)
         if self.row is not None:
-            yield Copy(self.row, 0, then.source_dtype, then.dest_dtype, move)
+            yield stored_copy(self.row, source, goal)
             return
+        then = stored_copy(0, source, goal)
+        move = then.move
         self.resolve()
         begin, end = _span(move.source_region, then.source_dtype)
         for entry in (*self.past, *self.log):
             first, last = _span(entry.move.dest_region, entry.dest_dtype)
             if first < end and begin < last:
                 yield from compose_copy(entry, then)
+
+
+def stored_copy(row: int, source: Geometry, goal: Geometry) -> Copy:
+    """Return the copy that takes a view of stored tensor `row` to `goal` in another memory."""
+    units = _step(source.size, source.stride, goal.stride, source.dtype, goal.dtype)
+    return Copy(row, 0, units[0], units[1], Move(source.offset, goal.offset, units[2]))
 
 
 def _span(region: Region, dtype: str) -> tuple[int, int]:

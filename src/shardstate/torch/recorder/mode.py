@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from shardstate.torch.recorder.memory import (
     WRITTEN,
     Memory,
     loops_between,
+    stored_copy,
     unit_of,
     value_source,
 )
@@ -62,6 +64,24 @@ _RANDOM = {
     aten.normal_, aten.uniform_, aten.random_, aten.bernoulli_, aten.exponential_,
     aten.log_normal_, aten.cauchy_, aten.geometric_,
 }  # fmt: skip
+
+
+def _slice(
+    x: torch.Tensor, dim: int, start: int | None, end: int | None, step: int = 1
+) -> torch.Tensor:
+    if type(start) is int and type(end) is int and step == 1 and 0 <= start <= end <= x.size(dim):
+        return x.narrow(dim, start, end - start)
+    made: torch.Tensor = aten.slice.Tensor(x, dim, start, end, step)
+    return made
+
+
+# Views of a model's own tensors, many for each weight, by the bindings of torch that are quick.
+_DIRECT: dict[Any, Callable[..., torch.Tensor]] = {
+    aten.detach.default: torch.Tensor.detach,
+    aten.select.int: torch.Tensor.select,
+    aten.slice.Tensor: _slice,
+}
+_PLAIN = {torch.Tensor, torch.nn.Parameter}  # no Python code of a subclass comes between
 
 Read = Callable[[Plan, Target], None]
 _Args = tuple[Any, ...]
@@ -106,8 +126,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             raise RecordingError(f"{name}: torch has no dtype for {tag}", tensor=name)
         if DTYPES[tag].packed:
             shape = (*shape[:-1], shape[-1] // 2)  # torch counts pairs
-        geometry = Geometry(shape, strides_of(shape), 0, dtype)
-        return self.standin(Memory(row=row), geometry, _CPU)
+        return self.standin(Memory(row=row), _packed(shape, dtype), _CPU)
 
     def redirect(self, catalog: Catalog, read: Read) -> None:
         """Offer other tensors from now on; none was offered before."""
@@ -187,7 +206,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return known
         if tensor.is_meta:
             raise PlanError("the loading code does not write all of it")
-        goal = Geometry(geometry.size, strides_of(geometry.size), 0, geometry.dtype)
+        goal = _packed(geometry.size, geometry.dtype)
         whole = Memory()
         whole.write(self._value_entry(goal, tensor, self._origin(tensor)))
         if memory is not None:
@@ -206,14 +225,17 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: Any, args: _Args = (), kwargs: _Kwargs | None = None
     ) -> Any:
-        return self.dispatch(func, args, kwargs or {})
+        handler = self._handlers.get(func) or self._handler_for(func)
+        return handler(func, args, kwargs or {})
 
     def dispatch(self, func: Any, args: _Args, kwargs: _Kwargs) -> Any:
         """Carry out one operation of the loading code."""
-        handler = self._handlers.get(func)
-        if handler is None:
-            handler = self._handlers[func] = self._handler_of(func)
+        handler = self._handlers.get(func) or self._handler_for(func)
         return handler(func, args, kwargs)
+
+    def _handler_for(self, func: Any) -> Callable[[Any, _Args, _Kwargs], Any]:
+        handler = self._handlers[func] = self._handler_of(func)
+        return handler
 
     def _handler_of(self, func: Any) -> Callable[[Any, _Args, _Kwargs], Any]:
         packet = getattr(func, "overloadpacket", None)
@@ -249,6 +271,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _view(self, func: Any, args: _Args, kwargs: _Kwargs) -> Any:
         base = args[0]
         if not isinstance(base, Standin):
+            if not kwargs and type(base) in _PLAIN and (direct := _DIRECT.get(func)) is not None:
+                return direct(*args)
             unsafe = func is aten._unsafe_view.default
             return self._compute(func, args, kwargs) if unsafe else func(*args, **kwargs)
         geometry = base.geometry
@@ -289,10 +313,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 if memory is not None:
                     memory.write(_region(geometry_of(dest), WRITTEN))
                 return func(*args, **kwargs)
-        geometry = geometry_of(dest)
-        if not geometry.numel:
+        if not dest.numel():
             return dest
-        memory = self._owned(dest)
+        geometry, memory = geometry_of(dest), self._owned(dest)
         if not self._put(memory, geometry, source, "copy_"):
             values = self._values_of(source, "copy_")
             assert values is not None
@@ -312,21 +335,22 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
         False where values would have to be written and the memory is real.
         """
-        real = memory.anchor is not None and not memory.anchor.is_meta
         geometry = _expanded(view or geometry_of(source), goal.size)
         origin = self._memory(source)
-        if origin is not None and _casts_exactly(geometry.dtype, goal.dtype):
+        known = origin if _casts_exactly(geometry.dtype, goal.dtype) else None
+        if known is not None and known.row is not None:  # all of a stored tensor is known
+            memory.write(stored_copy(known.row, geometry, goal))
+            return True
+        real = memory.anchor is not None and not memory.anchor.is_meta
+        if known is not None:
             try:
-                made = list(origin.view(geometry, goal))
+                made = list(known.view(geometry, goal))
             except _MISSES:
                 made = None
-            if made is not None and origin.row is not None:  # all of a stored tensor is known
-                memory.log.extend(made)
-                return True
             if made is not None:
                 width = goal.dtype.itemsize
-                known = sum(c.move.size * DTYPES[c.dest_dtype].itemsize for c in made)
-                if known == goal.numel * width:
+                filled = sum(c.move.size * DTYPES[c.dest_dtype].itemsize for c in made)
+                if filled == goal.numel * width:
                     memory.log.extend(made)
                     return True
                 if not real:
@@ -686,6 +710,12 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 _TORCH = {tag: dtype for dtype, tag in TAGS.items()}
 
 
+@lru_cache(maxsize=4096)
+def _packed(shape: tuple[int, ...], dtype: torch.dtype) -> Geometry:
+    """Return how a tensor lies row-major in a memory of its own."""
+    return Geometry(shape, strides_of(shape), 0, dtype)
+
+
 def _key(x: torch.Tensor) -> int:
     return int(x.untyped_storage()._cdata)
 
@@ -731,6 +761,7 @@ def _packed_strides(view: Geometry, source: Geometry) -> tuple[int, ...]:
     return tuple(step.get(s, 0) if s else 0 for s in view.stride)
 
 
+@lru_cache(maxsize=1024)
 def _casts_exactly(source: torch.dtype, dest: torch.dtype) -> bool:
     """Whether the engine converts between two types as torch does."""
     if source == dest:

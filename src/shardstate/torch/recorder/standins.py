@@ -83,8 +83,9 @@ class Standin(torch.Tensor):
         cls, memory: Memory, geometry: Geometry, device: torch.device, recorder: Dispatcher
     ) -> Standin:
         size, stride, offset, dtype = geometry
+        # By position: that is a fifth faster. The two between are memory format and layout.
         made: Standin = torch.Tensor._make_wrapper_subclass(
-            cls, size, strides=stride, storage_offset=offset, dtype=dtype, device=device
+            cls, size, stride, offset, None, dtype, torch.strided, device
         )
         made.memory, made.geometry, made.recorder = memory, geometry, recorder
         return made
@@ -133,9 +134,12 @@ class Standin(torch.Tensor):
         raise RecordingError("a weight cannot be copied out while loading is recorded")
 
 
+_INTS = frozenset({int})
+
+
 def _again(base: Standin, view: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Return what `view`, a method that only makes views, makes of a stand-in."""
-    if kwargs or any(type(each) is not int for each in args):
+    if kwargs or not _INTS.issuperset(map(type, args)):
         return view(base, *args, **kwargs)
     recorder, key = base.recorder, (view, base.geometry, args)
     found = recorder.views.get(key)
