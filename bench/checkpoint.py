@@ -9,29 +9,29 @@ import numpy as np
 
 from shardstate.header import serialise_header
 
-VOCABULARY, HIDDEN, HEADS, KV_HEADS, MLP = 32000, 2048, 32, 8, 5632
-HEAD = HIDDEN // HEADS
-_LAYER = {
-    "self_attn.q_proj.weight": (HIDDEN, HIDDEN),
-    "self_attn.k_proj.weight": (KV_HEADS * HEAD, HIDDEN),
-    "self_attn.v_proj.weight": (KV_HEADS * HEAD, HIDDEN),
-    "self_attn.o_proj.weight": (HIDDEN, HIDDEN),
-    "mlp.gate_proj.weight": (MLP, HIDDEN),
-    "mlp.up_proj.weight": (MLP, HIDDEN),
-    "mlp.down_proj.weight": (HIDDEN, MLP),
-    "input_layernorm.weight": (HIDDEN,),
-    "post_attention_layernorm.weight": (HIDDEN,),
-}
+VOCABULARY, HEAD, GROUPS = 32000, 64, 4  # heads share a key and a value by fours
 
 
-def make_llama(path: Path, *, nbytes: int, files: int) -> int:
+def make_llama(path: Path, *, nbytes: int, files: int, hidden: int = 2048) -> int:
     """Write a llama checkpoint of about `nbytes` bytes in `files` files; return its exact size."""
-    layer_bytes = 2 * sum(int(np.prod(shape)) for shape in _LAYER.values())
-    layers = max(1, round((nbytes - 4 * VOCABULARY * HIDDEN) / layer_bytes))
-    tensors = {"model.embed_tokens.weight": (VOCABULARY, HIDDEN)}
+    mlp = hidden // 4 * 11
+    layer_shapes = {
+        "self_attn.q_proj.weight": (hidden, hidden),
+        "self_attn.k_proj.weight": (hidden // GROUPS, hidden),
+        "self_attn.v_proj.weight": (hidden // GROUPS, hidden),
+        "self_attn.o_proj.weight": (hidden, hidden),
+        "mlp.gate_proj.weight": (mlp, hidden),
+        "mlp.up_proj.weight": (mlp, hidden),
+        "mlp.down_proj.weight": (hidden, mlp),
+        "input_layernorm.weight": (hidden,),
+        "post_attention_layernorm.weight": (hidden,),
+    }
+    layer_bytes = 2 * sum(int(np.prod(shape)) for shape in layer_shapes.values())
+    layers = max(1, round((nbytes - 4 * VOCABULARY * hidden) / layer_bytes))
+    tensors = {"model.embed_tokens.weight": (VOCABULARY, hidden)}
     for layer in range(layers):
-        tensors |= {f"model.layers.{layer}.{name}": shape for name, shape in _LAYER.items()}
-    tensors |= {"model.norm.weight": (HIDDEN,), "lm_head.weight": (VOCABULARY, HIDDEN)}
+        tensors |= {f"model.layers.{layer}.{name}": shape for name, shape in layer_shapes.items()}
+    tensors |= {"model.norm.weight": (hidden,), "lm_head.weight": (VOCABULARY, hidden)}
     path.mkdir(parents=True, exist_ok=True)
     random = np.random.default_rng(0)
     names = list(tensors)
@@ -51,10 +51,10 @@ def make_llama(path: Path, *, nbytes: int, files: int) -> int:
     (path / "model.safetensors.index.json").write_text(json.dumps(index))
     config = {
         "model_type": "llama",
-        "hidden_size": HIDDEN,
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": KV_HEADS,
-        "intermediate_size": MLP,
+        "hidden_size": hidden,
+        "num_attention_heads": hidden // HEAD,
+        "num_key_value_heads": hidden // HEAD // GROUPS,
+        "intermediate_size": mlp,
         "num_hidden_layers": layers,
         "vocab_size": VOCABULARY,
         "torch_dtype": "bfloat16",

@@ -51,15 +51,17 @@ def same(a: torch.Tensor, b: torch.Tensor) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--source", type=Path)
+    # Layers as wide as a 7B model's: what is done once for each tensor counts as it does there.
+    parser.add_argument("--bytes", type=int, default=6_600_000_000)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--work", type=Path, default=Path("bench/out"))
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
     source, cache = arguments.source, arguments.work / "cache"
     if source is None:
-        source = arguments.work / "llama-2.2GB"
+        source = arguments.work / f"llama-{arguments.bytes / 1e9:.1f}GB"
         if not (source / "config.json").exists():
-            make_llama(source, nbytes=2_200_000_000, files=4)
+            make_llama(source, nbytes=arguments.bytes, files=4, hidden=4096)
     files = sorted(source.glob("*.safetensors"))
     quiet = {"use_tqdm_on_load": False}
     ours = {"load_format": "shardstate", **quiet}

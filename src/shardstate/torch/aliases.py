@@ -38,12 +38,16 @@ def filter_subtensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Te
 
 def equal_groups(tensors: Mapping[str, torch.Tensor]) -> list[tuple[str, ...]]:
     """Return the groups of names that are one and the same tensor: the stored name first."""
-    groups: dict[object, list[str]] = defaultdict(list)
+    storages: dict[object, list[str]] = defaultdict(list)
     for name, tensor in tensors.items():
         if tensor.numel():
-            extent = _extent(name, tensor)
-            groups[_storage_key(tensor), extent.begin, extent.view].append(name)
-    stored = alias_of(tensors)
+            storages[_storage_key(tensor)].append(name)
+    shared = {name: tensors[name] for names in storages.values() if names[1:] for name in names}
+    groups: dict[object, list[str]] = defaultdict(list)
+    for name, tensor in shared.items():
+        extent = _extent(name, tensor)
+        groups[_storage_key(tensor), extent.begin, extent.view].append(name)
+    stored = alias_of(shared)
     return sorted(
         tuple(sorted(names, key=lambda name: (stored[name] != name, name)))
         for names in groups.values()
@@ -53,12 +57,16 @@ def equal_groups(tensors: Mapping[str, torch.Tensor]) -> list[tuple[str, ...]]:
 
 def alias_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
     """Return, for each tensor that is not empty, the name under which its memory is stored."""
-    groups: dict[object, list[_Extent]] = defaultdict(list)
+    groups: dict[object, list[str]] = defaultdict(list)
     for name, tensor in tensors.items():
         if tensor.numel():
-            groups[_storage_key(tensor)].append(_extent(name, tensor))
+            groups[_storage_key(tensor)].append(name)
     stored: dict[str, str] = {}
-    for group in groups.values():
+    for names in groups.values():
+        if len(names) == 1:  # most have a storage of their own
+            stored[names[0]] = names[0]
+            continue
+        group = [_extent(name, tensors[name]) for name in names]
         cover = {extent.name: _cover(extent, group) for extent in group}
         for extent in group:
             name = extent.name
