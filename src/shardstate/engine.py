@@ -9,6 +9,7 @@ the choice of the storage's reader, who may change it at any time; the others wa
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from shardstate.storage import Reader, Storage
 from shardstate.targets import Target
 
 _TICK_SECONDS = 0.02  # how often memory is sampled
-_PROGRESS_TICKS = 5  # ticks between two calls of `progress`
+_PROGRESS_SECONDS = 0.1  # between two calls of `progress`
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
@@ -45,9 +46,11 @@ class _Run:
         self.lock = threading.Lock()
         self.free = threading.Condition(self.lock)  # a worker ended its read
         self.busy = 0  # workers that carry out a read
+        self.waiting = 0  # workers that wait until they may
         self.stopped = threading.Event()
         self.idle = threading.Event()  # set when the last worker is done
-        self.active = 0  # workers that are not done
+        self.alert = threading.Event()  # set with it, and when another worker is needed
+        self.hired = self.left = 0  # workers that there were, and that are done
         self.next = 0
         self.error: BaseException | None = None
         self.bytes_read = 0
@@ -63,13 +66,21 @@ class _Run:
                 and self.next < len(self.reads)
                 and self.busy >= self.reader.limit
             ):
+                self.waiting += 1
                 self.free.wait()
+                self.waiting -= 1
             if self.stopped.is_set() or self.next == len(self.reads):
                 return None
             self.next += 1
             self.busy += 1
             if self.next == len(self.reads):
                 self.free.notify_all()  # nothing is left for those who wait
+            elif self.busy < self.reader.limit:
+                # One more can go on, and calls the next one in its turn.
+                if self.waiting:
+                    self.free.notify()
+                else:
+                    self.alert.set()
             return self.reads[self.next - 1]
 
     def done(self, read: Read, cached: int) -> None:
@@ -80,9 +91,26 @@ class _Run:
             self.bytes_cached += cached
             self.requests += read.file is not None
             self.touched += touched
+            # Nobody is woken for this place: whoever leaves it comes back for it at once, and a
+            # thread that wakes up for nothing takes the processor from one that copies.
             self.busy -= 1
-            # No more than can go on: each wakes up to a fight for the interpreter.
-            self.free.notify(max(1, self.reader.limit - self.busy))
+
+    def hire(self, most: int) -> bool:
+        """Count one more worker; False where none is needed now, or there are `most`."""
+        with self.lock:
+            enough = self.hired - self.left >= min(most, self.reader.limit) or self.waiting
+            if enough or self.idle.is_set() or self.next == len(self.reads):
+                return False
+            self.hired += 1
+            return True
+
+    def leave(self) -> None:
+        """Count one worker that is done."""
+        with self.lock:
+            self.left += 1
+            if self.left == self.hired:
+                self.idle.set()
+                self.alert.set()
 
     def stop(self, error: BaseException | None = None) -> None:
         """Let nobody take another read; the first error is kept."""
@@ -117,23 +145,27 @@ def execute(
         if read.file is not None:
             expected[read.file] += read.nbytes
     storage.expect(expected)
-    workers = [
-        threading.Thread(
-            target=_work, args=(run, storage, target), name=f"shardstate-{i}", daemon=True
-        )
-        for i in range(max(1, min(reader.threads, len(reads))))
-    ]
-    run.active = len(workers)
+    workers: list[threading.Thread] = []
     meter = MemoryMeter()
     try:
-        for worker in workers:
-            worker.start()
-        tick = 0
+        reported = time.monotonic()
+        if not reads:
+            run.idle.set()
         # Not worker.join: in Python 3.11 an interrupt there makes a running thread look finished.
-        while not run.idle.wait(_TICK_SECONDS):
-            meter.sample(run.touched if fills_memory else 0)
-            tick += 1
-            if progress is not None and tick % _PROGRESS_TICKS == 0:
+        while not run.idle.is_set():
+            run.alert.clear()
+            while run.hire(reader.threads):
+                name = f"shardstate-{len(workers)}"
+                worker = threading.Thread(
+                    target=_work, args=(run, storage, target), name=name, daemon=True
+                )
+                workers.append(worker)
+                worker.start()
+            if not run.idle.is_set() and not run.alert.wait(_TICK_SECONDS):
+                meter.sample(run.touched if fills_memory else 0)
+            now = time.monotonic()
+            if progress is not None and now - reported >= _PROGRESS_SECONDS:
+                reported = now
                 progress(run.bytes_read, total)
     finally:
         run.stop()
@@ -141,8 +173,8 @@ def execute(
             target.stop()
             storage.interrupt()
             with run.lock:
-                run.active -= sum(worker.ident is None for worker in workers)
-            if run.active:
+                run.hired = sum(worker.ident is not None for worker in workers)
+            if run.left < run.hired:
                 run.idle.wait()
         for worker in workers:
             if worker.ident is not None:
@@ -181,10 +213,7 @@ def _work(run: _Run, storage: Storage, target: Target) -> None:
         target.stop()
         storage.interrupt()
     finally:
-        with run.lock:
-            run.active -= 1
-            if not run.active:
-                run.idle.set()
+        run.leave()
 
 
 def _direct_views(read: Read, target: Target) -> list[memoryview] | None:

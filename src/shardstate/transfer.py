@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from shardstate.buffers import aligned
 from shardstate.coalesce import Piece, Read
 from shardstate.digest import BLOCK_BYTES, digest_of
 from shardstate.errors import DigestError
@@ -123,7 +124,7 @@ class LookTarget(_Checked):
             return
         differs = self._wrong(read, staged.data) is not None
         if not differs and file.spans[0].digest is None:
-            there = np.empty(read.nbytes, dtype=np.uint8)
+            there = aligned(read.nbytes)
             self._other.read_into(file.name, read.begin, [there.data])
             differs = not np.array_equal(there, staged)
         if differs:

@@ -29,6 +29,7 @@ _log = logging.getLogger("shardstate")
 MOST_THREADS = 16
 _DIRECT = (Way(8, True), Way(4, True), Way(MOST_THREADS, True))
 _BUFFERED = (Way(2, False), Way(8, False))
+_SURE_HITS = 4  # reads in a row that found all cached: the next one is taken for such a one
 _MANY_HITS = 32  # reads in a row that found all cached: reading ahead does not do that
 _LOOK_SECONDS = 0.2  # how often others are looked for
 
@@ -71,6 +72,12 @@ class AdaptiveReader:
         nbytes = sum(view.nbytes for view in views)
         if not nbytes:
             return 0
+        if self._asked is not True and self._hits >= _SURE_HITS:
+            # So much was cached that asking first would cost more than it can save.
+            there = self._storage.read_resident(name, begin, views)
+            if there:
+                self._hits = self._hits + 1 if there == nbytes else 0
+                return there
         cached = self._cached(name, begin, begin + nbytes)
         if self._asked is not True and cached is not None and cached > 0:
             # Partly cached: past the cache it would be read twice.

@@ -7,6 +7,7 @@ from typing import Protocol
 
 import numpy as np
 
+from shardstate.buffers import aligned
 from shardstate.coalesce import Piece, Read, Segment
 from shardstate.dtypes import DTYPES, cast_array, numpy_dtype
 
@@ -96,7 +97,7 @@ class Assembly:
                     return None
                 self._condition.wait()
             if segment.at not in self._memory:
-                self._memory[segment.at] = np.empty(segment.nbytes, dtype=np.uint8)
+                self._memory[segment.at] = aligned(segment.nbytes)
                 self._missing[segment.at] = segment.nbytes
             memory = self._memory[segment.at]
         transfer(piece, read, staged, memory, segment.begin)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from shardstate.buffers import aligned
 from shardstate.catalog import Catalog, Tensors
 from shardstate.coalesce import Piece, Read
 from shardstate.digest import BLOCK_BYTES
@@ -72,7 +73,7 @@ class CompareTarget:
             tensor = catalog.tensor(catalog.row[tensors.names[piece.dest]])
             width = DTYPES[piece.dest_dtype].itemsize
             begin, end = piece.move.dest * width, piece.move.dest_region.end * width
-            have = np.empty(end - begin, dtype=np.uint8)
+            have = aligned(end - begin)
             self._storage.read_into(tensor.file, tensor.begin + begin, [have.data])
             want = moved(piece, read, staged)
             if piece.dest_run is None:  # what lies between its elements is another piece's

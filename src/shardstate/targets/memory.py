@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from shardstate.buffers import aligned
 from shardstate.catalog import Tensors
 from shardstate.coalesce import Piece, Read
 from shardstate.dtypes import DTYPES, numpy_dtype
@@ -21,7 +22,7 @@ def allocate(tensors: Tensors) -> dict[str, np.ndarray]:
         dtype = DTYPES[tensors.dtypes[row]]
         shape = (tensors.nbytes(row),) if dtype.packed else tensors.shapes[row]
         try:
-            arrays[name] = np.empty(shape, dtype=numpy_dtype(dtype.tag))
+            arrays[name] = aligned(tensors.nbytes(row)).view(numpy_dtype(dtype.tag)).reshape(shape)
         except ValueError as error:
             raise InputError(
                 f"{name}: shape {list(shape)} is more than numpy can hold: {error}", tensor=name

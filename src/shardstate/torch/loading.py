@@ -353,7 +353,8 @@ def _corner(tensor: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
     if DTYPES[tag_of("", tensor)].packed and shape:
         shape = (*shape[:-1], shape[-1] // 2)  # torch counts pairs
     for axis, size in enumerate(shape):
-        tensor = tensor.narrow(axis, 0, size)
+        if tensor.shape[axis] != size:
+            tensor = tensor.narrow(axis, 0, size)
     return tensor
 
 
