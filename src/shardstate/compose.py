@@ -118,8 +118,8 @@ def compose_copy(copy: Copy, then: Copy) -> Iterator[Copy]:
         and into.source <= copy.move.dest
         and copy.move.dest_region.end <= into.source + into.loops[0][0]
     ):  # `then` keeps all of it as it is: so it is for nearly all parameters
-        dest = copy.move.dest - into.source + into.dest
-        yield copy._replace(dest=then.dest, move=copy.move._replace(dest=dest))
+        begin = copy.move.dest - into.source + into.dest
+        yield copy._replace(dest=then.dest, move=copy.move._replace(dest=begin))
         return
     # Every cast rounds through F32, so that a stop there, or at F64, changes nothing.
     exact = copy.dest_dtype in ("F32", "F64") and (copy.source_dtype, then.dest_dtype) != (

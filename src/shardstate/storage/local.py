@@ -359,7 +359,7 @@ class LocalOutput:
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
             self._fd = os.open(temporary, flags, 0o666, dir_fd=folder)
             try:
-                os.truncate(self._fd, nbytes)
+                _allocate(self._fd, nbytes)
             except OSError:
                 self.discard()
                 raise
@@ -423,16 +423,33 @@ def _rest(views: list[memoryview], done: int) -> list[memoryview]:
     return []
 
 
-def _libc_sync_file_range() -> ctypes._NamedFuncPointer | None:
+def _of_libc(name: str, *arguments: type) -> ctypes._NamedFuncPointer | None:
+    """Return a function of the C library, or None where it has no such one."""
     try:
-        function = ctypes.CDLL(None, use_errno=True).sync_file_range
-    except (OSError, AttributeError):  # no such call on this system: fsync does it all at the end
+        function: ctypes._NamedFuncPointer = getattr(ctypes.CDLL(None, use_errno=True), name)
+    except (OSError, AttributeError):
         return None
-    function.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+    function.argtypes = arguments
     return function
 
 
-_sync_file_range = _libc_sync_file_range()
+_sync_file_range = _of_libc(
+    "sync_file_range", ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint
+)
+_fallocate = _of_libc("fallocate", ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+
+
+def _allocate(fd: int, nbytes: int) -> None:
+    """Give a new file its size, and its blocks where the file system can: then a full disk is
+    known before anything is written, and the blocks lie together.
+    """
+    while _fallocate is not None and nbytes and _fallocate(fd, 0, 0, nbytes):
+        number = ctypes.get_errno()
+        if number in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
+            break  # not os.posix_fallocate: the C library would write all blocks instead
+        if number != errno.EINTR:
+            raise OSError(number, os.strerror(number))
+    os.truncate(fd, nbytes)
 
 
 def _start_writeback(fd: int) -> None:
