@@ -14,12 +14,19 @@ from shardstate.catalog import Tensors, catalog_of
 from shardstate.coalesce import plan_reads
 from shardstate.digest import BLOCK_BYTES
 from shardstate.engine import execute
-from shardstate.errors import StorageError, TruncatedFile
+from shardstate.errors import OutOfMemory, StorageError, TruncatedFile
 from shardstate.header import PREFIX_BYTES, Header, parse_header, serialise_header
 from shardstate.layout import Move, Region
 from shardstate.plan import Copy, Fill, Literal, make_plan, plan_identity
 from shardstate.storage import LocalStorage, locate
-from shardstate.targets import CompareTarget, DigestTarget, MemoryTarget, StoredDigests, allocate
+from shardstate.targets import (
+    CompareTarget,
+    DigestTarget,
+    MemoryTarget,
+    StoredDigests,
+    allocate,
+    files,
+)
 
 LIMITS = {"piece_bytes": BLOCK_BYTES, "read_bytes": 2 * BLOCK_BYTES, "max_gap_bytes": 1 << 18}
 
@@ -135,6 +142,22 @@ def test_the_first_error_stops_everything(big, tmp_path):
         with pytest.raises(TruncatedFile, match=r"f: ends at byte"):
             run(plan_identity(catalog), storage, memory_of(catalog, digests=True)[1], threads=4)
     assert threading.active_count() == before
+
+
+def test_memory_that_runs_out_is_an_error_that_says_where(tmp_path, monkeypatch):
+    source, out = tmp_path / "source", tmp_path / "out"
+    source.mkdir()
+    out.mkdir()
+    write(source / "model.safetensors", {"a": ("BF16", np.zeros((4096, 4096), np.uint16))})
+
+    def moved(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(files, "moved", moved)
+    with pytest.raises(OutOfMemory, match=r"model\.safetensors: memory ran out at bytes") as error:
+        shardstate.shard(source, out, tp=2, rules=[{"match": "a", "split": 1}])
+    assert error.value.file == "model.safetensors"
+    assert list(out.iterdir()) == []
 
 
 class FailingStorage(LocalStorage):

@@ -18,6 +18,7 @@ import numpy as np
 
 from shardstate.buffers import PAGE_BYTES, staging_buffer
 from shardstate.coalesce import Read
+from shardstate.errors import OutOfMemory
 from shardstate.meter import MemoryMeter
 from shardstate.storage import Reader, Storage
 from shardstate.targets import Target
@@ -191,6 +192,7 @@ def execute(
 def _work(run: _Run, storage: Storage, target: Target) -> None:
     """Carry out reads until there are none, or until another worker failed."""
     staging: np.ndarray | None = None
+    read: Read | None = None
     try:
         while (read := run.take()) is not None:
             staged, cached = None, 0
@@ -209,11 +211,24 @@ def _work(run: _Run, storage: Storage, target: Target) -> None:
             target.accept(read, staged)
             run.done(read, cached)
     except BaseException as error:
-        run.stop(error)
+        run.stop(_named(error, read, storage) if isinstance(error, MemoryError) else error)
         target.stop()
         storage.interrupt()
     finally:
         run.leave()
+
+
+def _named(error: MemoryError, read: Read | None, storage: Storage) -> MemoryError:
+    """Say of a MemoryError where it struck; whoever knows what was to be had may say more."""
+    if isinstance(error, OutOfMemory) or read is None:
+        return error
+    what = "values of the plan" if read.file is None else f"bytes {read.begin} to {read.end}"
+    name = storage.location if read.file is None else f"{storage.location}/{read.file}"
+    named = OutOfMemory(
+        f"{name}: memory ran out at {what}; free some, or use fewer threads", file=read.file
+    )
+    named.__cause__ = error
+    return named
 
 
 def _direct_views(read: Read, target: Target) -> list[memoryview] | None:

@@ -1,21 +1,42 @@
-"""A worker of vLLM in which recording fails, half-way through the weights."""
+"""Workers of vLLM in which something goes wrong, half-way through the weights."""
+
+import os
+import signal
 
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from shardstate.torch.recorder import Recorder
 
 
+def at_tenth_weight(act):
+    """Do something when the tenth weight is offered to the model's loading code."""
+    offer, offered = Recorder.offer, []
+
+    def acting(recorder, row):
+        offered.append(row)
+        if len(offered) == 10:
+            act()
+        return offer(recorder, row)
+
+    Recorder.offer = acting
+
+
+def fail():
+    raise RuntimeError("broken on purpose")
+
+
 class BreakingWorker(CPUWorker):
-    """Fails at the tenth weight that is offered."""
+    """Recording fails."""
 
     def load_model(self, *args, **kwargs):
-        offer, offered = Recorder.offer, []
+        at_tenth_weight(fail)
+        super().load_model(*args, **kwargs)
 
-        def breaking(recorder, row):
-            offered.append(row)
-            if len(offered) == 10:
-                raise RuntimeError("broken on purpose")
-            return offer(recorder, row)
 
-        Recorder.offer = breaking
+class DyingWorker(CPUWorker):
+    """The worker of rank 1 is killed."""
+
+    def load_model(self, *args, **kwargs):
+        if self.rank == 1:
+            at_tenth_weight(lambda: os.kill(os.getpid(), signal.SIGKILL))
         super().load_model(*args, **kwargs)

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,20 @@ def test_where_recording_fails_the_model_is_built_anew(llama, expected):
     tokens, log = start(llama, "shardstate", env=env)
     assert (tokens, modes(log)) == (expected, {"0": "fallback", "1": "fallback"})
     assert "broken on purpose" in log
+
+
+def test_a_worker_killed_while_it_loads_ends_the_start_and_harms_no_cache(
+    llama, expected, tmp_path
+):
+    extra = {"cache": str(tmp_path / "cache")}
+    env = {"PYTHONPATH": str(Path(__file__).parent), "WORKER_CLS": "breaking_worker.DyingWorker"}
+    began = time.monotonic()
+    with pytest.raises(AssertionError, match="initialization failed"):
+        start(llama, "shardstate", extra=extra, env=env)
+    assert time.monotonic() - began < 120  # nobody waits for it
+    tokens, log = start(llama, "shardstate", extra=extra)
+    assert tokens == expected
+    assert modes(log)["1"] == "recorded"
 
 
 def test_an_int8_model_that_vllm_cannot_save_survives(tmp_path):
