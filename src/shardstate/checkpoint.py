@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -458,6 +459,20 @@ def refuse_unlisted(name: str, header: Header) -> None:
         )
 
 
+def ordinary_headers(storage: Storage, names: Sequence[str]) -> list[tuple[str, int, Header]]:
+    """Return name, size and header of files that belong to no set; far away, of many at once."""
+
+    def one(name: str) -> tuple[str, int, Header]:
+        size, header, _ = read_header(storage, name)
+        refuse_unlisted(name, header)
+        return name, size, header
+
+    if not storage.traits.remote or len(names) < 2:
+        return [one(name) for name in names]
+    with ThreadPoolExecutor(min(len(names), storage.traits.read_threads)) as pool:
+        return list(pool.map(one, names))
+
+
 def _open_vllm(storage: Storage, unmarked: Unmarked) -> Checkpoint:
     found = Checkpoint(storage, "vllm", unmarked.topology, parts=unmarked.parts)
     first = unmarked.parts[0][0]
@@ -475,11 +490,8 @@ def _open_ordinary(storage: Storage, names: Collection[str]) -> Checkpoint:
             f"{f' (and {len(absent) - 1} more)' if len(absent) > 1 else ''}; fetch it again",
             file=absent[0],
         )
-    headers: list[tuple[str, int, Header]] = []
-    for name in ordinary.files:
-        size, header, _ = found.header(name)
-        refuse_unlisted(name, header)
-        headers.append((name, size, header))
+    headers = ordinary_headers(storage, ordinary.files)
+    found.bytes_meta += sum(header.data_begin for _, _, header in headers)
     found.catalog = catalog_of(headers, weight_map=ordinary.weight_map)
     if not len(found.catalog):
         raise CatalogError(f"{storage.location}: its files hold no tensor", file=ordinary.files[0])

@@ -20,8 +20,7 @@ from shardstate.checkpoint import (
     Checkpoint,
     check_unchanged,
     ordinary_files,
-    read_header,
-    refuse_unlisted,
+    ordinary_headers,
 )
 from shardstate.compose import compose_plans
 from shardstate.engine import Progress, execute
@@ -127,11 +126,7 @@ def ordinary_weights(
         raise Unrecordable(f"{nested[0]} lies in a folder of its own")
     storage = LocalStorage(folder, reading=reading)
     entries = storage.entries()
-    headers = []
-    for name in names:
-        size, header, _ = read_header(storage, name)
-        refuse_unlisted(name, header)
-        headers.append((name, size, header))
+    headers = ordinary_headers(storage, names)
     try:
         catalog = catalog_of(headers, weight_map=None)
     except CatalogError as error:
@@ -162,11 +157,7 @@ def remote_weights(
     if not safetensors:
         others = sorted(name for name in names if name.endswith((".bin", ".pt", ".pth")))
         raise Unrecordable(f"{others[0] if others else 'nothing there'} is no safetensors file")
-    headers = []
-    for name in ordinary_files(storage, names).files:
-        size, header, _ = read_header(storage, name)
-        refuse_unlisted(name, header)
-        headers.append((name, size, header))
+    headers = ordinary_headers(storage, ordinary_files(storage, names).files)
     try:
         catalog = catalog_of(headers, weight_map=None)
     except CatalogError as error:
