@@ -868,7 +868,7 @@ class TestProcesses:
     def test_ctrl_c_while_sharding_is_prompt_quiet_and_clean(self, tmp_path):
         path = large_llama(tmp_path / "llama")
         process = subprocess.Popen(
-            [*COMMAND, "shard", path, tmp_path / "set", "--tp", "2", "--json"],
+            [*COMMAND, "shard", path, tmp_path / "set", "--tp", "2", "--json", "--threads", "1"],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -878,7 +878,6 @@ class TestProcesses:
             assert process.poll() is None, process.stderr.read()
             assert time.monotonic() - began < 30
             time.sleep(0.002)
-        time.sleep(0.03)
         process.send_signal(signal.SIGINT)
         sent = time.monotonic()
         out, err = process.communicate(timeout=30)
@@ -911,7 +910,7 @@ class TestProcesses:
 
 
 def large_llama(path):
-    """Write a checkpoint of about 300 MB; its bytes need not differ."""
+    """Write a checkpoint of about 600 MB; its bytes need not differ."""
     path.mkdir()
     (path / "config.json").write_text(
         json.dumps(
@@ -926,8 +925,8 @@ def large_llama(path):
     shape = (2048, 2048)
     block = np.random.default_rng(0).bytes(2048 * 2048 * 2)
     names = ["model.embed_tokens.weight"]
-    names += [f"model.layers.{i}.self_attn.o_proj.weight" for i in range(18)]
-    names += [f"model.layers.{i}.mlp.up_proj.weight" for i in range(18)]
+    names += [f"model.layers.{i}.self_attn.o_proj.weight" for i in range(36)]
+    names += [f"model.layers.{i}.mlp.up_proj.weight" for i in range(36)]
     write_weights(path, {name: Stored("BF16", shape, block) for name in names})
     return path
 
