@@ -69,6 +69,7 @@ def test_from_the_hub_each_worker_brings_its_own_files(llama, expected, tmp_path
     shard(llama, out, "--tp", "2", "--layout", "vllm")
     with hub_server({"org/model": files_of(out), "org/plain": files_of(llama)}) as hub:
         env = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "hub")}
+        env |= {"HF_HUB_OFFLINE": "0", "TRANSFORMERS_OFFLINE": "0"}  # other tests here set them
         for name, mode in (("org/model", "sharded"), ("org/plain", "recorded")):
             extra = {"source": name}
             tokens, log = start(llama, "shardstate", extra=extra, env=env)
