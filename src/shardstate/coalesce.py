@@ -468,7 +468,7 @@ def _pieces(whole: Piece, limits: _Limits) -> Iterator[Piece]:
         return
     move = whole.move
     # Where it begins in a block of its destination is all that counts of its place.
-    begin = move.dest % max(1, BLOCK_BYTES // widths[1])
+    begin = move.dest % (BLOCK_BYTES // widths[1])
     cuts = _few_cuts(loops, begin, widths, limits.piece, limits.gap)
     if cuts is None:
         for part in _cut(move, widths, limits.piece, limits.gap):

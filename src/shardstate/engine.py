@@ -49,7 +49,9 @@ class _Run:
         self.busy = 0  # workers that carry out a read
         self.waiting = 0  # workers that wait until they may
         self.stopped = threading.Event()
-        self.idle = threading.Event()  # set when the last worker is done
+        self.idle = threading.Event()  # set when the last worker is done, or none is needed
+        if not reads:
+            self.idle.set()
         self.alert = threading.Event()  # set with it, and when another worker is needed
         self.hired = self.left = 0  # workers that there were, and that are done
         self.next = 0
@@ -150,8 +152,6 @@ def execute(
     meter = MemoryMeter()
     try:
         reported = time.monotonic()
-        if not reads:
-            run.idle.set()
         # Not worker.join: in Python 3.11 an interrupt there makes a running thread look finished.
         while not run.idle.is_set():
             run.alert.clear()

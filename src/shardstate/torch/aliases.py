@@ -8,7 +8,7 @@ It does not where `view(-1)` cannot find a tensor's end, nor on meta, where ever
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -38,11 +38,7 @@ def filter_subtensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Te
 
 def equal_groups(tensors: Mapping[str, torch.Tensor]) -> list[tuple[str, ...]]:
     """Return the groups of names that are one and the same tensor: the stored name first."""
-    storages: dict[object, list[str]] = defaultdict(list)
-    for name, tensor in tensors.items():
-        if tensor.numel():
-            storages[_storage_key(tensor)].append(name)
-    shared = {name: tensors[name] for names in storages.values() if names[1:] for name in names}
+    shared = {name: tensors[name] for names in _storages(tensors) if names[1:] for name in names}
     groups: dict[object, list[str]] = defaultdict(list)
     for name, tensor in shared.items():
         extent = _extent(name, tensor)
@@ -57,12 +53,8 @@ def equal_groups(tensors: Mapping[str, torch.Tensor]) -> list[tuple[str, ...]]:
 
 def alias_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
     """Return, for each tensor that is not empty, the name under which its memory is stored."""
-    groups: dict[object, list[str]] = defaultdict(list)
-    for name, tensor in tensors.items():
-        if tensor.numel():
-            groups[_storage_key(tensor)].append(name)
     stored: dict[str, str] = {}
-    for names in groups.values():
+    for names in _storages(tensors):
         if len(names) == 1:  # most have a storage of their own
             stored[names[0]] = names[0]
             continue
@@ -74,6 +66,15 @@ def alias_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
                 name = cover[name]
             stored[extent.name] = stored.get(name, name)
     return stored
+
+
+def _storages(tensors: Mapping[str, torch.Tensor]) -> Iterable[list[str]]:
+    """Return the names of each storage's tensors, empty ones left out."""
+    groups: dict[object, list[str]] = defaultdict(list)
+    for name, tensor in tensors.items():
+        if tensor.numel():
+            groups[_storage_key(tensor)].append(name)
+    return groups.values()
 
 
 def _cover(extent: _Extent, group: list[_Extent]) -> str:

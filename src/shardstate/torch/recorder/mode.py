@@ -225,17 +225,14 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: Any, args: _Args = (), kwargs: _Kwargs | None = None
     ) -> Any:
-        handler = self._handlers.get(func) or self._handler_for(func)
-        return handler(func, args, kwargs or {})
+        return self.dispatch(func, args, kwargs or {})
 
     def dispatch(self, func: Any, args: _Args, kwargs: _Kwargs) -> Any:
         """Carry out one operation of the loading code."""
-        handler = self._handlers.get(func) or self._handler_for(func)
+        handler = self._handlers.get(func)
+        if handler is None:
+            handler = self._handlers[func] = self._handler_of(func)
         return handler(func, args, kwargs)
-
-    def _handler_for(self, func: Any) -> Callable[[Any, _Args, _Kwargs], Any]:
-        handler = self._handlers[func] = self._handler_of(func)
-        return handler
 
     def _handler_of(self, func: Any) -> Callable[[Any, _Args, _Kwargs], Any]:
         packet = getattr(func, "overloadpacket", None)
