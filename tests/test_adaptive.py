@@ -8,12 +8,16 @@ import os
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from shardstate.buffers import HUGE_BYTES, staging_buffer
 from shardstate.errors import StorageError, TruncatedFile
-from shardstate.storage import LocalStorage, Reading, adaptive, residency
+from shardstate.storage import LocalStorage, Reading, adaptive, residency, views
 from shardstate.storage.adaptive import readers_of
 from shardstate.storage.direct import DirectFile, alignment_of
 from shardstate.storage.residency import probe_of
+from shardstate.storage.tries import Stopped
 
 SIZE = (6 << 20) + 1234  # no multiple of anything
 
@@ -114,6 +118,77 @@ def test_past_the_page_cache_leaves_nothing_there(folder):
             reader.read_into("a", 2 << 20, [goal.data])
             reader.close()
         assert (resident(folder / "a") < 1 << 20) == wish
+
+
+@needs_direct
+def test_cached_parts_come_from_the_page_cache_and_the_others_past_it(folder, content, monkeypatch):
+    cut = 3 << 20
+    with open(folder / "a", "rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)  # nothing is read ahead
+        file.read(cut)
+    direct = []
+    original = DirectFile.read_into
+
+    def noted(self, begin, views):
+        direct.append(begin)
+        return original(self, begin, views)
+
+    monkeypatch.setattr(DirectFile, "read_into", noted)
+    goal = np.empty(SIZE, dtype=np.uint8)
+    with LocalStorage(folder) as storage:
+        reader = storage.reader(2)
+        cached = reader.read_into("a", 0, [goal.data])
+        reader.close()
+    assert np.array_equal(goal, content)
+    assert cut <= cached <= cut + 4096  # the page that read() looked into
+    assert min(direct) == cut
+
+
+def test_what_was_resident_before_is_told_from_what_was_read_ahead(folder):
+    with open(folder / "a", "rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+        file.read(2 << 20)
+        resident = residency.Resident(probe_of(file.fileno()))
+        assert resident.now(0, 1 << 20) == 1 << 20
+        file.read()
+        assert resident.now(0, SIZE) == SIZE
+        found = [resident.before(begin) for begin in range(0, SIZE, 1 << 20)]
+    assert found == [True, True, *[False] * (len(found) - 2)]
+
+
+def test_a_reader_that_is_told_to_stop_does_not_go_on(folder):
+    with LocalStorage(folder) as storage:
+        reader = storage.reader(2)
+        reader.stop()
+        with pytest.raises(Stopped):
+            reader.read_into("a", 0, [memoryview(bytearray(SIZE))])
+        reader.close()
+
+
+@given(
+    sizes=st.lists(st.integers(0, 40), max_size=8),
+    first=st.integers(1, 30),
+    most=st.integers(1, 30),
+)
+def test_views_are_cut_to_lists_of_so_many_bytes(sizes, first, most):
+    content = bytes(i % 251 for i in range(sum(sizes)))
+    memory, at = [], 0
+    for size in sizes:
+        memory.append(memoryview(bytearray(content[at : at + size])))
+        at += size
+    parts = list(views.cut(memory, first, most))
+    assert b"".join(bytes(view) for part in parts for view in part) == content
+    lengths = [views.total(part) for part in parts]
+    assert lengths[:-1] == [first, *[most] * (len(parts) - 2)][: max(0, len(parts) - 1)]
+    assert all(0 < n <= (most if i else first) for i, n in enumerate(lengths))
+
+
+@pytest.mark.parametrize("nbytes", [0, 1, 4096, (2 << 20) - 1, 2 << 20, (5 << 20) + 3])
+def test_staging_memory_begins_a_page_and_a_huge_one_where_it_fills_one(nbytes):
+    memory = staging_buffer(nbytes)
+    assert memory.nbytes == nbytes
+    assert memory.ctypes.data % (HUGE_BYTES if nbytes >= HUGE_BYTES else 4096) == 0
+    memory[:] = 7
 
 
 @pytest.mark.parametrize("make", [residency._by_cachestat, residency._by_mincore])

@@ -166,7 +166,7 @@ class FailingStorage(LocalStorage):
     reads = 0
 
     def read_into(self, name, begin, views):
-        if sum(view.nbytes for view in views) > 1 << 20:
+        if sum(view.nbytes for view in views) > 64 << 10:
             self.reads += 1
             if self.reads == 2:
                 time.sleep(0.2)
@@ -209,7 +209,7 @@ class SlowStorage(LocalStorage):
     """Each read takes a while, as on a store far away."""
 
     def read_into(self, name, begin, views):
-        time.sleep(0.15)
+        time.sleep(0.04)
         super().read_into(name, begin, views)
 
     def read_resident(self, name, begin, views):

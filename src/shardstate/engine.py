@@ -172,7 +172,7 @@ def execute(
         run.stop()
         if not run.idle.is_set():
             target.stop()
-            storage.interrupt()
+            reader.stop()
             with run.lock:
                 run.hired = sum(worker.ident is not None for worker in workers)
             if run.left < run.hired:
@@ -213,7 +213,7 @@ def _work(run: _Run, storage: Storage, target: Target) -> None:
     except BaseException as error:
         run.stop(_named(error, read, storage) if isinstance(error, MemoryError) else error)
         target.stop()
-        storage.interrupt()
+        run.reader.stop()
     finally:
         run.leave()
 

@@ -13,13 +13,17 @@ import errno
 import fcntl
 import logging
 import os
+import threading
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from shardstate.storage.direct import DirectFile, alignment_of
+from shardstate.buffers import PAGE_BYTES
+from shardstate.storage.direct import ROOM_BYTES, DirectFile, Rooms, alignment_of
 from shardstate.storage.pacing import Pacer, Way
-from shardstate.storage.residency import Probe, probe_of
+from shardstate.storage.residency import Resident, probe_of
+from shardstate.storage.tries import Stopped
+from shardstate.storage.views import cut, rest_of, total
 
 if TYPE_CHECKING:
     from shardstate.storage.local import LocalStorage
@@ -27,8 +31,9 @@ if TYPE_CHECKING:
 _log = logging.getLogger("shardstate")
 
 MOST_THREADS = 16
-_DIRECT = (Way(8, True), Way(4, True), Way(MOST_THREADS, True))
+_DIRECT = (Way(MOST_THREADS, True), Way(8, True), Way(4, True))
 _BUFFERED = (Way(2, False), Way(8, False))
+_UNIT_BYTES = ROOM_BYTES  # what one thread has in flight
 _SURE_HITS = 4  # reads in a row that found all cached: the next one is taken for such a one
 _MANY_HITS = 32  # reads in a row that found all cached: reading ahead does not do that
 _LOOK_SECONDS = 0.2  # how often others are looked for
@@ -49,8 +54,10 @@ class AdaptiveReader:
             ways = list(dict.fromkeys(Way(threads, way.direct) for way in ways))
         self._ways, self._asked = ways, direct
         self._pacer: Pacer | None = None
-        self._probes: dict[str, Probe | None] = {}
+        self._resident: dict[str, Resident] = {}
         self._files: dict[str, DirectFile | None] = {}
+        self._rooms = Rooms()
+        self._stopped = threading.Event()
         self._hits = 0  # reads since the last one that found bytes that were not cached
         self._announced: set[str] = set()  # files that others can see us read
         self._looked = 0.0
@@ -69,31 +76,40 @@ class AdaptiveReader:
 
         All of them or `TruncatedFile`.
         """
-        nbytes = sum(view.nbytes for view in views)
-        if not nbytes:
-            return 0
+        cached, nbytes = 0, total(views)
         if self._asked is not True and self._hits >= _SURE_HITS:
             # So much was cached that asking first would cost more than it can save.
-            there = self._storage.read_resident(name, begin, views)
-            if there:
-                self._hits = self._hits + 1 if there == nbytes else 0
-                return there
+            cached = self._storage.read_resident(name, begin, views)
+            begin, views = begin + cached, rest_of(views, cached)
+        for part in cut(views, _UNIT_BYTES - begin % PAGE_BYTES, _UNIT_BYTES):
+            if self._stopped.is_set():
+                raise Stopped
+            cached += self._read(name, begin, part)
+            begin += total(part)
+        self._hits = self._hits + 1 if cached == nbytes else 0
+        return cached
+
+    def _read(self, name: str, begin: int, views: Sequence[memoryview]) -> int:
+        """Read the way that the pacer says, and tell it how that went; return the bytes cached."""
+        nbytes = total(views)
         cached = self._cached(name, begin, begin + nbytes)
-        if self._asked is not True and cached is not None and cached > 0:
-            # Partly cached: past the cache it would be read twice.
-            self._hits = self._hits + 1 if cached == nbytes else 0
+        there = cached == nbytes and self._asked is not True
+        pacer = self._pacer
+        if pacer is None and not there:
+            pacer = self._paced(name)
+        if pacer is None or (there and (pacer.way.direct or self._before(name, begin))):
             self._storage.read_into(name, begin, views)
-            if self._pacer is not None:  # perhaps it is there because we read ahead
-                self._pacer.done(self._pacer.way, nbytes, time.perf_counter())
             return cached
-        self._hits = 0
-        pacer = self._pacer or self._paced(name)
         self._look(pacer, name)
-        way = pacer.way
+        way, began = pacer.way, time.perf_counter()
         if not (way.direct and self._read_direct(name, begin, views)):
             self._storage.read_into(name, begin, views)
-        pacer.done(way, nbytes, time.perf_counter())
-        return cached or 0
+        now = time.perf_counter()
+        pacer.done(way, nbytes, now - began, now)
+        return cached
+
+    def stop(self) -> None:
+        self._stopped.set()
 
     def close(self) -> None:
         """Close what was opened for this execution."""
@@ -106,21 +122,21 @@ class AdaptiveReader:
                 fcntl.flock(self._storage.descriptor(name), fcntl.LOCK_UN)
         self._announced.clear()
 
-    def _cached(self, name: str, begin: int, end: int) -> int | None:
-        if name not in self._probes:
+    def _cached(self, name: str, begin: int, end: int) -> int:
+        """Return how many bytes of the range are in the page cache now; 0 where nothing tells."""
+        if name not in self._resident:
             fd = self._storage.descriptor(name)
             with contextlib.suppress(OSError):
                 fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
                 self._announced.add(name)
             with contextlib.suppress(OSError):
                 os.pread(fd, 1, 0)  # a probe must see this
-            self._probes[name] = probe_of(fd)
-        probe = self._probes[name]
-        try:
-            return None if probe is None else min(probe(begin, end), end - begin)
-        except OSError:
-            self._probes[name] = None
-            return None
+            self._resident[name] = Resident(probe_of(fd))
+        return self._resident[name].now(begin, end)
+
+    def _before(self, name: str, begin: int) -> bool:
+        """Return whether a byte was cached before this execution came near it: not read ahead."""
+        return self._resident[name].before(begin)
 
     def _paced(self, name: str) -> Pacer:
         fd = self._storage.descriptor(name)
@@ -146,7 +162,7 @@ class AdaptiveReader:
         file = self._file(name)
         if file is None:
             return False
-        nbytes = sum(view.nbytes for view in views)
+        nbytes = total(views)
         try:
             with self._storage.mapped(name):
                 found = file.read_into(begin, views)
@@ -177,7 +193,7 @@ class AdaptiveReader:
             if fd < 0 or alignment is None:
                 self._refused(name, "its file system refuses O_DIRECT")
                 return None
-            self._files[name] = DirectFile(fd, *alignment)
+            self._files[name] = DirectFile(fd, *alignment, self._rooms)
             return self._files[name]
 
     def _refused(self, name: str, why: str) -> None:

@@ -57,6 +57,10 @@ class Reader(Protocol):
         """Do what the storage's `read_into` does; return how many bytes a cache here held."""
         ...
 
+    def stop(self) -> None:
+        """Let reads that wait or have more to come give up, since another thread failed."""
+        ...
+
     def close(self) -> None:
         """Release what was opened for this execution."""
         ...
@@ -75,6 +79,9 @@ class PlainReader:
     def read_into(self, name: str, begin: int, views: Sequence[memoryview]) -> int:
         self._storage.read_into(name, begin, views)
         return 0
+
+    def stop(self) -> None:
+        self._storage.interrupt()
 
     def close(self) -> None:
         pass

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
 import os
 import struct
-import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from shardstate.buffers import staging_buffer
+from shardstate.buffers import HUGE_BYTES, staging_buffer
+from shardstate.storage.views import total
 
 _AT_EMPTY_PATH, _STATX_DIOALIGN = 0x1000, 0x2000
 _PAGE = mmap.PAGESIZE
-_BOUNCE_BYTES = 1 << 20  # stays in the cache of a core, and is soon touched for the first time
+ROOM_BYTES = 1 << 20
 
 
 def alignment_of(fd: int) -> tuple[int, int] | None:
@@ -37,12 +38,32 @@ def alignment_of(fd: int) -> tuple[int, int] | None:
     return (memory, offset) if memory and offset else None
 
 
+class Rooms:
+    """Memory that is lent to one read at a time, `ROOM_BYTES` each, halves of huge pages."""
+
+    def __init__(self) -> None:
+        self._free: list[np.ndarray] = []
+
+    @contextlib.contextmanager
+    def lent(self) -> Iterator[np.ndarray]:
+        try:
+            room = self._free.pop()
+        except IndexError:
+            memory = staging_buffer(HUGE_BYTES)
+            room, *others = (memory[i : i + ROOM_BYTES] for i in range(0, HUGE_BYTES, ROOM_BYTES))
+            self._free += others
+        try:
+            yield room
+        finally:
+            self._free.append(room)
+
+
 class DirectFile:
     """One file, opened past the page cache."""
 
-    def __init__(self, fd: int, memory: int, offset: int) -> None:
+    def __init__(self, fd: int, memory: int, offset: int, rooms: Rooms) -> None:
         self.fd = fd
-        self._memory, self._offset = memory, offset
+        self._memory, self._offset, self._rooms = memory, offset, rooms
 
     def read_into(self, begin: int, views: Sequence[memoryview]) -> int:
         """Fill `views` with the bytes from `begin` on; return how many there were.
@@ -50,7 +71,7 @@ class DirectFile:
         Fewer than asked for only at the end of the file. `OSError` (EINVAL) where the file system
         wants another alignment than it says.
         """
-        nbytes = sum(view.nbytes for view in views)
+        nbytes = total(views)
         first = begin // self._offset * self._offset
         last = -(-(begin + nbytes) // self._offset) * self._offset
         if len(views) == 1 and last - first > 2 * self._offset:
@@ -59,25 +80,26 @@ class DirectFile:
                 return self._in_place(begin, views[0], first, last)
         goals = [np.frombuffer(view, dtype=np.uint8) for view in views if view.nbytes]
         done, end = 0, begin + nbytes
-        while first < last:
-            room = _bounce(min(_BOUNCE_BYTES, last - first))
-            count = self._fill(first, [room.data])
-            found = room[begin + done - first : min(count, end - first)]
-            done += _scatter(found, goals)
-            if count < len(room):
-                break  # the end of the file
-            first += count
+        with self._rooms.lent() as room:
+            while first < last:
+                asked = min(len(room), last - first)
+                count = self._fill(first, [room[:asked].data])
+                found = room[begin + done - first : min(count, end - first)]
+                done += _scatter(found, goals)
+                if count < asked:
+                    break  # the end of the file
+                first += count
         return done
 
     def _in_place(self, begin: int, view: memoryview, first: int, last: int) -> int:
         """Read all but the ends straight into `view`: these are less than what is read at once."""
         unit, end = self._offset, begin + view.nbytes
-        ends = _bounce(2 * unit)
         head, tail = (first + unit) - begin, end - (last - unit)
         middle = view[head : view.nbytes - tail]
-        count = self._fill(first, [ends[:unit].data, middle, ends[unit:].data])
-        view[:head] = ends[unit - head : unit].data
-        view[view.nbytes - tail :] = ends[unit : unit + tail].data
+        with self._rooms.lent() as ends:
+            count = self._fill(first, [ends[:unit].data, middle, ends[unit : 2 * unit].data])
+            view[:head] = ends[unit - head : unit].data
+            view[view.nbytes - tail :] = ends[unit : unit + tail].data
         return max(0, min(count - (begin - first), view.nbytes))
 
     def _fill(self, begin: int, views: Sequence[memoryview]) -> int:
@@ -112,14 +134,3 @@ def _scatter(found: np.ndarray, goals: list[np.ndarray]) -> int:
         else:
             goals[0] = goal[len(part) :]
     return at
-
-
-_memory = threading.local()
-
-
-def _bounce(nbytes: int) -> np.ndarray:
-    """Return aligned memory of this thread, used again by its next read."""
-    room: np.ndarray | None = getattr(_memory, "room", None)
-    if room is None or len(room) < nbytes:
-        room = _memory.room = staging_buffer(nbytes)
-    return room[:nbytes]

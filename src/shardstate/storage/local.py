@@ -26,6 +26,7 @@ from shardstate.errors import InputError, PathNotFound, StorageError, TargetBusy
 from shardstate.names import temporary_name
 from shardstate.storage.adaptive import AdaptiveReader
 from shardstate.storage.base import Entry, Reading, Traits
+from shardstate.storage.views import rest_of, total
 
 _log = logging.getLogger("shardstate")
 
@@ -150,15 +151,12 @@ class LocalStorage:
             with mapped_errors("read", self._path(name), name=name):
                 count = os.preadv(fd, pending[:_IOV_MAX], at)
             if not count:
-                raise self.truncated(name, at, sum(view.nbytes for view in pending))
+                raise self.truncated(name, at, total(pending))
             at += count
-            pending = _rest(pending, count)
+            pending = rest_of(pending, count)
 
     def read_resident(self, name: str, begin: int, views: Sequence[memoryview]) -> int:
-        """Fill `views` as `read_into` does, if their first byte is in the page cache.
-
-        Returns how many bytes were there before one had to be waited for; 0: nothing was read.
-        """
+        """Fill `views` as far as the page cache holds the file from `begin` on; return how far."""
         fd, done = self._fd(name), 0
         pending = [view for view in views if view.nbytes]
         while pending:
@@ -169,9 +167,7 @@ class LocalStorage:
             if not count:
                 break
             done += count
-            pending = _rest(pending, count)
-        if done and pending:
-            self.read_into(name, begin + done, pending)
+            pending = rest_of(pending, count)
         return done
 
     def truncated(self, name: str, end: int, lacking: int) -> TruncatedFile:
@@ -371,7 +367,7 @@ class LocalOutput:
             with self._mapped("write"):
                 count = os.pwritev(self._fd, pending[:_IOV_MAX], at)
             at += count
-            pending = _rest(pending, count)
+            pending = rest_of(pending, count)
         before, self._written = self._written, self._written + at - begin
         if before // _WRITEBACK_BYTES != self._written // _WRITEBACK_BYTES:
             _start_writeback(self._fd)
@@ -413,15 +409,6 @@ def _entry(item: os.DirEntry[str], name: str) -> Entry | None:
     if not stat.S_ISREG(status.st_mode):
         return None
     return Entry(name, status.st_size, (status.st_size, status.st_mtime_ns, status.st_ino))
-
-
-def _rest(views: list[memoryview], done: int) -> list[memoryview]:
-    """Return what is left of `views` after `done` bytes."""
-    for i, view in enumerate(views):
-        if done < view.nbytes:
-            return [view.cast("B")[done:] if done else view, *views[i + 1 :]]
-        done -= view.nbytes
-    return []
 
 
 def _of_libc(name: str, *arguments: type) -> ctypes._NamedFuncPointer | None:

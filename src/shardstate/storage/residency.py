@@ -30,6 +30,39 @@ class _Pages(ctypes.Structure):
     )
 
 
+class Resident:
+    """What of one file is in the page cache, and what was before it was read here."""
+
+    _CELL, _CELLS = 1 << 20, 64  # looked at by MiB, so many at once: further than is read ahead
+
+    def __init__(self, probe: Probe | None) -> None:
+        self._probe = probe
+        self._seen: dict[int, int] = {}  # cell → bytes that were resident
+
+    def now(self, begin: int, end: int) -> int:
+        """Return how many bytes of a range are resident; 0 where nothing tells."""
+        cell = begin // self._CELL
+        if cell not in self._seen:
+            first = cell // self._CELLS * self._CELLS
+            for i in range(first, first + self._CELLS):
+                seen = self._ask(i * self._CELL, (i + 1) * self._CELL)
+                self._seen.setdefault(i, seen)
+        return self._ask(begin, end)
+
+    def before(self, at: int) -> bool:
+        """Return whether what lies around byte `at` was resident when this first looked."""
+        return self._seen.get(at // self._CELL, 0) >= self._CELL // 2
+
+    def _ask(self, begin: int, end: int) -> int:
+        if self._probe is None:
+            return 0
+        try:
+            return min(self._probe(begin, end), end - begin)
+        except OSError:
+            self._probe = None
+            return 0
+
+
 def probe_of(fd: int) -> Probe | None:
     """Return what tells how much of an open file is resident; None where nothing does.
 
@@ -69,6 +102,8 @@ def _by_mincore(fd: int) -> Probe:
         first = begin // _PAGE * _PAGE
         flags = np.empty(-(-(end - first) // _PAGE), dtype=np.uint8)
         length = min(end, len(mapped)) - first
+        if length <= 0:
+            return 0
         if call(
             ctypes.c_void_p(address + first),
             ctypes.c_size_t(length),
