@@ -16,6 +16,7 @@ import numpy as np
 from shardstate.raw import touched
 
 CHUNK = 4 << 20
+_BLOCKS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,9 +39,12 @@ SWEEP = tuple(
 
 
 def memory() -> np.ndarray:
-    """Return what is written: a block that was touched, not zeros."""
-    room = touched(CHUNK)
-    room[:] = np.frombuffer(os.urandom(CHUNK), dtype=np.uint8)
+    """Return what is written, again and again: no zeros, and more than the processor's caches keep.
+
+    One block of 4 MiB would be written a fifth faster than anybody's tensors.
+    """
+    room = touched(_BLOCKS * CHUNK)
+    room[:] = np.frombuffer(os.urandom(len(room)), dtype=np.uint8)
     return room
 
 
@@ -57,8 +61,8 @@ def write_files(folder: Path, sizes: Sequence[int], setting: Setting, block: np.
             os.posix_fallocate(opened[-1], 0, size)
     chunks = iter(
         [
-            (fd, at, min(CHUNK, size - at))
-            for fd, size in zip(opened, sizes, strict=True)
+            (fd, at, min(CHUNK, size - at), (i * 7 + at // CHUNK) % _BLOCKS * CHUNK)
+            for i, (fd, size) in enumerate(zip(opened, sizes, strict=True))
             for at in range(0, size, CHUNK)
         ]
     )
@@ -70,8 +74,8 @@ def write_files(folder: Path, sizes: Sequence[int], setting: Setting, block: np.
                 found = next(chunks, None)
             if found is None:
                 return
-            fd, at, count = found
-            os.pwritev(fd, [block[:count].data], at)
+            fd, at, count, first = found
+            os.pwritev(fd, [block[first : first + count].data], at)
 
     workers = [threading.Thread(target=work) for _ in range(setting.threads)]
     for worker in workers:

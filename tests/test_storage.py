@@ -19,7 +19,7 @@ from shardstate.errors import (
 )
 from shardstate.names import temporary_name
 from shardstate.storage import LocalStorage
-from shardstate.storage.local import mapped_errors
+from shardstate.storage.oserrors import mapped_errors
 
 
 class StorageContract:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import mmap
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -47,3 +48,32 @@ def staging_buffer(nbytes: int) -> np.ndarray:
         with contextlib.suppress(OSError):  # a kernel without them
             room.madvise(mmap.MADV_HUGEPAGE, first, huge)
     return memory[first : first + nbytes]
+
+
+class Rooms:
+    """Staging memory of `nbytes` each, used again and again."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes = nbytes
+        self._free: list[np.ndarray] = []
+
+    def take(self) -> np.ndarray:
+        try:
+            return self._free.pop()
+        except IndexError:
+            pass
+        memory = staging_buffer(max(self.nbytes, HUGE_BYTES))  # small ones are parts of a huge page
+        room, *others = memory[: len(memory) // self.nbytes * self.nbytes].reshape(-1, self.nbytes)
+        self._free += others
+        return room
+
+    def give(self, room: np.ndarray) -> None:
+        self._free.append(room)
+
+    @contextlib.contextmanager
+    def lent(self) -> Iterator[np.ndarray]:
+        room = self.take()
+        try:
+            yield room
+        finally:
+            self.give(room)

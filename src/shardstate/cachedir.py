@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from shardstate.errors import StorageError, TargetBusy
 from shardstate.names import MANIFEST, OURS
 from shardstate.storage import LocalStorage
-from shardstate.storage.local import mapped_errors
+from shardstate.storage.oserrors import mapped_errors
 
 _KEY = re.compile(r"[0-9a-f]{64}")
 _ASIDE = f"{OURS}aside-"

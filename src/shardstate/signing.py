@@ -17,7 +17,7 @@ from shardstate.jsontext import shown
 from shardstate.manifest import VERSION, Digest, decode, seal, unseal
 from shardstate.names import MANIFEST, SIGNATURE
 from shardstate.report import Problem
-from shardstate.storage.local import mapped_errors
+from shardstate.storage.oserrors import mapped_errors
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey

@@ -25,7 +25,7 @@ from shardstate.plot import Bar, bars_svg
 from shardstate.raw import Setting, Span, drop, read_spans, resident, room_for, touched
 from shardstate.report import Phases, Report
 from shardstate.storage import Access
-from shardstate.storage.local import mapped_errors
+from shardstate.storage.oserrors import mapped_errors
 from shardstate.targets import MemoryTarget
 
 PEER = "shardstate.torch.peer:read_by_safetensors"

@@ -46,7 +46,7 @@ from shardstate.sharding import (
 )
 from shardstate.storage import Access, LocalStorage, Traits, is_address, storage_at
 from shardstate.storage.adaptive import MOST_THREADS
-from shardstate.storage.local import mapped_errors
+from shardstate.storage.oserrors import mapped_errors
 from shardstate.trust import own_digest
 
 _log = logging.getLogger("shardstate")

@@ -18,8 +18,8 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from shardstate.buffers import PAGE_BYTES
-from shardstate.storage.direct import ROOM_BYTES, DirectFile, Rooms, alignment_of
+from shardstate.buffers import PAGE_BYTES, Rooms
+from shardstate.storage.direct import DirectFile, alignment_of
 from shardstate.storage.pacing import Pacer, Way
 from shardstate.storage.residency import Resident, probe_of
 from shardstate.storage.tries import Stopped
@@ -33,7 +33,7 @@ _log = logging.getLogger("shardstate")
 MOST_THREADS = 16
 _DIRECT = (Way(MOST_THREADS, True), Way(8, True), Way(4, True))
 _BUFFERED = (Way(2, False), Way(8, False))
-_UNIT_BYTES = ROOM_BYTES  # what one thread has in flight
+_UNIT_BYTES = 1 << 20  # what one thread has in flight
 _SURE_HITS = 4  # reads in a row that found all cached: the next one is taken for such a one
 _MANY_HITS = 32  # reads in a row that found all cached: reading ahead does not do that
 _LOOK_SECONDS = 0.2  # how often others are looked for
@@ -56,7 +56,7 @@ class AdaptiveReader:
         self._pacer: Pacer | None = None
         self._resident: dict[str, Resident] = {}
         self._files: dict[str, DirectFile | None] = {}
-        self._rooms = Rooms()
+        self._rooms = Rooms(_UNIT_BYTES)
         self._stopped = threading.Event()
         self._hits = 0  # reads since the last one that found bytes that were not cached
         self._announced: set[str] = set()  # files that others can see us read

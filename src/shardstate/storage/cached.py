@@ -21,7 +21,7 @@ from shardstate.digest import digest_of
 from shardstate.errors import InputError
 from shardstate.names import OURS
 from shardstate.storage.base import Entry, PlainReader, Storage, Traits
-from shardstate.storage.local import mapped_errors
+from shardstate.storage.oserrors import mapped_errors
 
 _log = logging.getLogger("shardstate")
 

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import mmap
 import os
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
-from shardstate.buffers import HUGE_BYTES, staging_buffer
-from shardstate.storage.views import total
+from shardstate.buffers import Rooms
+from shardstate.storage.views import address_of, total
 
 _AT_EMPTY_PATH, _STATX_DIOALIGN = 0x1000, 0x2000
 _PAGE = mmap.PAGESIZE
-ROOM_BYTES = 1 << 20
 
 
 def alignment_of(fd: int) -> tuple[int, int] | None:
@@ -38,26 +36,6 @@ def alignment_of(fd: int) -> tuple[int, int] | None:
     return (memory, offset) if memory and offset else None
 
 
-class Rooms:
-    """Memory that is lent to one read at a time, `ROOM_BYTES` each, halves of huge pages."""
-
-    def __init__(self) -> None:
-        self._free: list[np.ndarray] = []
-
-    @contextlib.contextmanager
-    def lent(self) -> Iterator[np.ndarray]:
-        try:
-            room = self._free.pop()
-        except IndexError:
-            memory = staging_buffer(HUGE_BYTES)
-            room, *others = (memory[i : i + ROOM_BYTES] for i in range(0, HUGE_BYTES, ROOM_BYTES))
-            self._free += others
-        try:
-            yield room
-        finally:
-            self._free.append(room)
-
-
 class DirectFile:
     """One file, opened past the page cache."""
 
@@ -75,7 +53,7 @@ class DirectFile:
         first = begin // self._offset * self._offset
         last = -(-(begin + nbytes) // self._offset) * self._offset
         if len(views) == 1 and last - first > 2 * self._offset:
-            at = _address(views[0]) - begin + first + self._offset
+            at = address_of(views[0]) - begin + first + self._offset
             if at % self._memory == 0:
                 return self._in_place(begin, views[0], first, last)
         goals = [np.frombuffer(view, dtype=np.uint8) for view in views if view.nbytes]
@@ -115,10 +93,6 @@ class DirectFile:
             if pending and count:
                 pending[0] = pending[0][count:]
         return done
-
-
-def _address(view: memoryview) -> int:
-    return int(np.frombuffer(view, dtype=np.uint8).ctypes.data)
 
 
 def _scatter(found: np.ndarray, goals: list[np.ndarray]) -> int:

@@ -30,7 +30,8 @@ from shardstate.errors import (
 from shardstate.storage.base import Entry, PlainReader
 from shardstate.storage.cached import RangeCache, cache_key
 from shardstate.storage.clients import Address
-from shardstate.storage.local import LocalStorage, mapped_errors
+from shardstate.storage.local import LocalStorage
+from shardstate.storage.oserrors import mapped_errors
 from shardstate.storage.reading import FAR, ObjectReader
 
 _log = logging.getLogger("shardstate")

@@ -8,7 +8,6 @@ that a file appears whole or not at all and nothing is ever written through a li
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import fcntl
 import logging
@@ -22,46 +21,14 @@ from pathlib import PurePosixPath
 
 import numpy as np
 
-from shardstate.errors import InputError, PathNotFound, StorageError, TargetBusy, TruncatedFile
-from shardstate.names import temporary_name
+from shardstate.errors import InputError, TargetBusy, TruncatedFile
 from shardstate.storage.adaptive import AdaptiveReader
 from shardstate.storage.base import Entry, Reading, Traits
+from shardstate.storage.oserrors import mapped_errors
+from shardstate.storage.output import IOV_MAX, LocalOutput
 from shardstate.storage.views import rest_of, total
 
 _log = logging.getLogger("shardstate")
-
-_IOV_MAX = 1024
-_WRITEBACK_BYTES = 32 << 20  # start writing to the disk each time that much has been written
-_SYNC_FILE_RANGE_WRITE = 2
-
-_ADVICE = {
-    errno.EACCES: "check the permissions of the path and who runs this",
-    errno.EPERM: "check the permissions of the path and who runs this",
-    errno.EROFS: "the file system is read-only: choose another place",
-    errno.ENOSPC: "the disk is full: free some space or choose another place, then run it again",
-    errno.EDQUOT: "the quota is used up: free some space, then run it again",
-    errno.EFBIG: "a limit on file sizes was reached (ulimit -f): raise it or use smaller parts",
-    errno.EMFILE: "too many open files: raise the limit (ulimit -n)",
-    errno.EIO: "the device failed: check its health (dmesg), then try again",
-    errno.ELOOP: "a link is in the way, and nothing is written through links: remove it",
-}
-
-
-@contextlib.contextmanager
-def mapped_errors(operation: str, path: str, *, name: str | None = None) -> Iterator[None]:
-    """Turn an OSError of the operating system into one of ours, that says what to do."""
-    try:
-        yield
-    except OSError as error:
-        if isinstance(error, (StorageError, InputError)):
-            raise
-        cause = os.strerror(error.errno) if error.errno else str(error)
-        if error.errno in (errno.ENOENT, errno.ENOTDIR):
-            raise PathNotFound(
-                f"{path}: cannot {operation}: {cause}; check the path", file=name
-            ) from error
-        advice = _ADVICE.get(error.errno or 0, "check the file system, then try again")
-        raise StorageError(f"{path}: cannot {operation}: {cause}; {advice}", file=name) from error
 
 
 class LocalStorage:
@@ -149,7 +116,7 @@ class LocalStorage:
         pending = [view for view in views if view.nbytes]
         while pending:
             with mapped_errors("read", self._path(name), name=name):
-                count = os.preadv(fd, pending[:_IOV_MAX], at)
+                count = os.preadv(fd, pending[:IOV_MAX], at)
             if not count:
                 raise self.truncated(name, at, total(pending))
             at += count
@@ -161,7 +128,7 @@ class LocalStorage:
         pending = [view for view in views if view.nbytes]
         while pending:
             try:
-                count = os.preadv(fd, pending[:_IOV_MAX], begin + done, os.RWF_NOWAIT)
+                count = os.preadv(fd, pending[:IOV_MAX], begin + done, os.RWF_NOWAIT)
             except OSError:  # it would wait, or this file system cannot tell
                 count = 0
             if not count:
@@ -232,11 +199,11 @@ class LocalStorage:
     def remove(self, name: str) -> None:
         self._forget(name)
         with mapped_errors("remove", self._path(name), name=name):
-            with contextlib.suppress(FileNotFoundError), self._folder(name) as (folder, last):
+            with contextlib.suppress(FileNotFoundError), self.folder(name) as (folder, last):
                 os.unlink(last, dir_fd=folder)
             for above in list(PurePosixPath(name).parents)[:-1]:
                 # Folders of companions go with the last of them; others are not empty.
-                with contextlib.suppress(OSError), self._folder(str(above)) as (folder, last):
+                with contextlib.suppress(OSError), self.folder(str(above)) as (folder, last):
                     os.rmdir(last, dir_fd=folder)
 
     def sync(self) -> None:
@@ -323,7 +290,7 @@ class LocalStorage:
             os.close(fd)
 
     @contextlib.contextmanager
-    def _folder(self, name: str, *, create: bool = False) -> Iterator[tuple[int, str]]:
+    def folder(self, name: str, *, create: bool = False) -> Iterator[tuple[int, str]]:
         """Open the folder that `name` is in, through real folders only; yields (fd, last part)."""
         *folders, last = PurePosixPath(name).parts
         fd = os.dup(self._root)
@@ -341,63 +308,6 @@ class LocalStorage:
             os.close(fd)
 
 
-class LocalOutput:
-    """A file of a `LocalStorage` under a temporary name until it is published."""
-
-    def __init__(self, storage: LocalStorage, name: str, nbytes: int) -> None:
-        self._storage, self._name, self._nbytes = storage, name, nbytes
-        self._path = storage._path(name)
-        self._written = 0
-        self._fd = -1
-        with self._mapped("create"), storage._folder(name, create=True) as (folder, last):
-            temporary = temporary_name(last)
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(temporary, dir_fd=folder)
-            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-            self._fd = os.open(temporary, flags, 0o666, dir_fd=folder)
-            try:
-                _allocate(self._fd, nbytes)
-            except OSError:
-                self.discard()
-                raise
-
-    def write(self, begin: int, views: Sequence[memoryview]) -> None:
-        at, pending = begin, [view for view in views if view.nbytes]
-        while pending:
-            with self._mapped("write"):
-                count = os.pwritev(self._fd, pending[:_IOV_MAX], at)
-            at += count
-            pending = rest_of(pending, count)
-        before, self._written = self._written, self._written + at - begin
-        if before // _WRITEBACK_BYTES != self._written // _WRITEBACK_BYTES:
-            _start_writeback(self._fd)
-
-    def stop(self) -> None:
-        pass  # nobody waits
-
-    def publish(self) -> None:
-        storage = self._storage
-        with self._mapped("write"):
-            os.fsync(self._fd)
-        with self._mapped("rename"), storage._folder(self._name) as (folder, last):
-            os.rename(temporary_name(last), last, src_dir_fd=folder, dst_dir_fd=folder)
-            fd, self._fd = self._fd, -1
-            os.close(fd)
-            os.fsync(folder)
-
-    def discard(self) -> None:
-        if self._fd < 0:
-            return
-        fd, self._fd = self._fd, -1
-        os.close(fd)
-        with self._mapped("remove"), self._storage._folder(self._name) as (folder, last):
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(temporary_name(last), dir_fd=folder)
-
-    def _mapped(self, operation: str) -> contextlib.AbstractContextManager[None]:
-        return mapped_errors(operation, self._path, name=self._name)
-
-
 def _entry(item: os.DirEntry[str], name: str) -> Entry | None:
     """Return the entry of a regular file, or of what a link leads to; None for anything else."""
     try:
@@ -409,38 +319,3 @@ def _entry(item: os.DirEntry[str], name: str) -> Entry | None:
     if not stat.S_ISREG(status.st_mode):
         return None
     return Entry(name, status.st_size, (status.st_size, status.st_mtime_ns, status.st_ino))
-
-
-def _of_libc(name: str, *arguments: type) -> ctypes._NamedFuncPointer | None:
-    """Return a function of the C library, or None where it has no such one."""
-    try:
-        function: ctypes._NamedFuncPointer = getattr(ctypes.CDLL(None, use_errno=True), name)
-    except (OSError, AttributeError):
-        return None
-    function.argtypes = arguments
-    return function
-
-
-_sync_file_range = _of_libc(
-    "sync_file_range", ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint
-)
-_fallocate = _of_libc("fallocate", ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
-
-
-def _allocate(fd: int, nbytes: int) -> None:
-    """Give a new file its size, and its blocks where the file system can: then a full disk is
-    known before anything is written, and the blocks lie together.
-    """
-    while _fallocate is not None and nbytes and _fallocate(fd, 0, 0, nbytes):
-        number = ctypes.get_errno()
-        if number in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
-            break  # not os.posix_fallocate: the C library would write all blocks instead
-        if number != errno.EINTR:
-            raise OSError(number, os.strerror(number))
-    os.truncate(fd, nbytes)
-
-
-def _start_writeback(fd: int) -> None:
-    """Let the disk begin with what was written so far, without waiting for it."""
-    if _sync_file_range is not None:
-        _sync_file_range(fd, 0, 0, _SYNC_FILE_RANGE_WRITE)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import numpy as np
+
 
 def total(views: Sequence[memoryview]) -> int:
     return sum(view.nbytes for view in views)
@@ -31,3 +33,7 @@ def cut(views: Sequence[memoryview], first: int, most: int) -> Iterator[list[mem
                 part, room = [], most
     if part:
         yield part
+
+
+def address_of(view: memoryview) -> int:
+    return int(np.frombuffer(view, dtype=np.uint8).ctypes.data)
