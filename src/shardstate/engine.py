@@ -42,8 +42,8 @@ class Counters:
 class _Run:
     """State that the workers of one execution share."""
 
-    def __init__(self, reads: Sequence[Read], reader: Reader) -> None:
-        self.reads, self.reader = reads, reader
+    def __init__(self, reads: Sequence[Read], reader: Reader, *, fills_memory: bool) -> None:
+        self.reads, self.reader, self.fills_memory = reads, reader, fills_memory
         self.lock = threading.Lock()
         self.free = threading.Condition(self.lock)  # a worker ended its read
         self.busy = 0  # workers that carry out a read
@@ -88,7 +88,7 @@ class _Run:
 
     def done(self, read: Read, cached: int) -> None:
         """Count a read that was carried out, and let another one begin."""
-        touched = sum(piece.nbytes for piece in read.pieces)
+        touched = sum(piece.nbytes for piece in read.pieces) if self.fills_memory else 0
         with self.free:
             self.bytes_read += read.nbytes
             self.bytes_cached += cached
@@ -141,7 +141,7 @@ def execute(
     raised.
     """
     reader = storage.reader(threads)
-    run = _Run(reads, reader)
+    run = _Run(reads, reader, fills_memory=fills_memory)
     total = sum(read.nbytes for read in reads)
     expected: Counter[str] = Counter()
     for read in reads:
@@ -163,7 +163,7 @@ def execute(
                 workers.append(worker)
                 worker.start()
             if not run.idle.is_set() and not run.alert.wait(_TICK_SECONDS):
-                meter.sample(run.touched if fills_memory else 0)
+                meter.sample(run.touched)
             now = time.monotonic()
             if progress is not None and now - reported >= _PROGRESS_SECONDS:
                 reported = now
@@ -183,7 +183,7 @@ def execute(
         reader.close()
     if run.error is not None:
         raise run.error
-    meter.sample(run.touched if fills_memory else 0)
+    meter.sample(run.touched)
     if progress is not None:
         progress(total, total)
     return Counters(run.bytes_read, run.bytes_cached, run.requests, meter.peak)

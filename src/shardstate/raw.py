@@ -6,6 +6,7 @@ files go into one block of memory.
 
 from __future__ import annotations
 
+import mmap
 import os
 import threading
 import time
@@ -15,7 +16,7 @@ from itertools import product
 
 import numpy as np
 
-from shardstate.buffers import PAGE_BYTES, staging_buffer
+from shardstate.buffers import PAGE_BYTES
 from shardstate.storage.residency import probe_of
 
 
@@ -48,10 +49,15 @@ SWEEP = tuple(
 
 
 def touched(nbytes: int) -> np.ndarray:
-    """Return page-aligned memory that was written to: the first touch is slow, and no reading."""
-    memory = staging_buffer(nbytes)
+    """Return page-aligned memory that was written to: the first touch is slow, and no reading.
+
+    Not in huge pages, since those who are compared fill parameters, which are not either.
+    """
+    memory = np.frombuffer(
+        mmap.mmap(-1, max(1, nbytes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=np.uint8
+    )
     memory[::PAGE_BYTES] = 1
-    return memory
+    return memory[:nbytes]
 
 
 def room_for(spans: Sequence[Span]) -> int:

@@ -80,6 +80,9 @@ class AdaptiveReader:
         if self._asked is not True and self._hits >= _SURE_HITS:
             # So much was cached that asking first would cost more than it can save.
             cached = self._storage.read_resident(name, begin, views)
+            if cached == nbytes:
+                self._hits += 1
+                return cached
             begin, views = begin + cached, rest_of(views, cached)
         for part in cut(views, _UNIT_BYTES - begin % PAGE_BYTES, _UNIT_BYTES):
             if self._stopped.is_set():
