@@ -215,12 +215,11 @@ def reads_of(
     """Return the reads of `plans` for so many threads that their memory keeps to the budget.
 
     A thread holds what it reads, and as much again when that is moved, cast or grows by a cast.
-    While storages choose, as many as `MOST_THREADS` may be at work. `traits` are those of the
+    A local storage may choose to let as many as `MOST_THREADS` work. `traits` are those of the
     storage that is read.
     """
-    share = MEMORY_BYTES // (4 * max(threads, MOST_THREADS))
-    most = min(traits.chunk_bytes or READ_BYTES, READ_BYTES)
-    read_bytes = min(most, max(share // _GRAIN_BYTES, 1) * _GRAIN_BYTES)
+    share = MEMORY_BYTES // (4 * (threads if traits.remote else max(threads, MOST_THREADS)))
+    read_bytes = min(traits.chunk_bytes or READ_BYTES, max(share // _GRAIN_BYTES, 1) * _GRAIN_BYTES)
     return plan_reads(
         plans,
         in_dest_order=in_dest_order,
