@@ -129,9 +129,9 @@ def test_cached_parts_come_from_the_page_cache_and_the_others_past_it(folder, co
     direct = []
     original = DirectFile.read_into
 
-    def noted(self, begin, views):
+    def noted(self, begin, views, rooms):
         direct.append(begin)
-        return original(self, begin, views)
+        return original(self, begin, views, rooms)
 
     monkeypatch.setattr(DirectFile, "read_into", noted)
     goal = np.empty(SIZE, dtype=np.uint8)
@@ -165,22 +165,17 @@ def test_a_reader_that_is_told_to_stop_does_not_go_on(folder):
         reader.close()
 
 
-@given(
-    sizes=st.lists(st.integers(0, 40), max_size=8),
-    first=st.integers(1, 30),
-    most=st.integers(1, 30),
-)
-def test_views_are_cut_to_lists_of_so_many_bytes(sizes, first, most):
+@given(sizes=st.lists(st.integers(0, 40), max_size=8), most=st.integers(1, 30))
+def test_views_part_into_the_first_bytes_and_the_rest(sizes, most):
     content = bytes(i % 251 for i in range(sum(sizes)))
     memory, at = [], 0
     for size in sizes:
         memory.append(memoryview(bytearray(content[at : at + size])))
         at += size
-    parts = list(views.cut(memory, first, most))
-    assert b"".join(bytes(view) for part in parts for view in part) == content
-    lengths = [views.total(part) for part in parts]
-    assert lengths[:-1] == [first, *[most] * (len(parts) - 2)][: max(0, len(parts) - 1)]
-    assert all(0 < n <= (most if i else first) for i, n in enumerate(lengths))
+    first = views.first_of(memory, most)
+    rest = views.rest_of(memory, views.total(first))
+    assert views.total(first) == min(most, len(content))
+    assert b"".join(map(bytes, first + rest)) == content
 
 
 @pytest.mark.parametrize("nbytes", [0, 1, 4096, (2 << 20) - 1, 2 << 20, (5 << 20) + 3])

@@ -23,7 +23,7 @@ from shardstate.storage.direct import DirectFile, alignment_of
 from shardstate.storage.pacing import Pacer, Way
 from shardstate.storage.residency import Resident, probe_of
 from shardstate.storage.tries import Stopped
-from shardstate.storage.views import cut, rest_of, total
+from shardstate.storage.views import first_of, rest_of, total
 
 if TYPE_CHECKING:
     from shardstate.storage.local import LocalStorage
@@ -31,9 +31,9 @@ if TYPE_CHECKING:
 _log = logging.getLogger("shardstate")
 
 MOST_THREADS = 16
-_DIRECT = (Way(MOST_THREADS, True), Way(8, True), Way(4, True))
-_BUFFERED = (Way(2, False), Way(8, False))
-_UNIT_BYTES = 1 << 20  # what one thread has in flight
+_DIRECT = (Way(MOST_THREADS, True), Way(8, True, 4 << 20), Way(4, True))
+_BUFFERED = (Way(2, False), Way(8, False, 4 << 20))
+_UNIT_BYTES = 1 << 20  # looked at together, where no way was chosen yet
 _SURE_HITS = 4  # reads in a row that found all cached: the next one is taken for such a one
 _MANY_HITS = 32  # reads in a row that found all cached: reading ahead does not do that
 _LOOK_SECONDS = 0.2  # how often others are looked for
@@ -51,12 +51,12 @@ class AdaptiveReader:
         self._storage, self._threads, self._fixed = storage, threads, fixed
         ways = [w for w in (*_DIRECT, *_BUFFERED) if direct is None or w.direct == direct]
         if fixed:
-            ways = list(dict.fromkeys(Way(threads, way.direct) for way in ways))
+            ways = list(dict.fromkeys(Way(threads, way.direct, way.unit_bytes) for way in ways))
         self._ways, self._asked = ways, direct
         self._pacer: Pacer | None = None
         self._resident: dict[str, Resident] = {}
         self._files: dict[str, DirectFile | None] = {}
-        self._rooms = Rooms(_UNIT_BYTES)
+        self._rooms = {way.unit_bytes: Rooms(way.unit_bytes) for way in ways}
         self._stopped = threading.Event()
         self._hits = 0  # reads since the last one that found bytes that were not cached
         self._announced: set[str] = set()  # files that others can see us read
@@ -84,11 +84,14 @@ class AdaptiveReader:
                 self._hits += 1
                 return cached
             begin, views = begin + cached, rest_of(views, cached)
-        for part in cut(views, _UNIT_BYTES - begin % PAGE_BYTES, _UNIT_BYTES):
+        while views:
             if self._stopped.is_set():
                 raise Stopped
+            unit = _UNIT_BYTES if self._pacer is None else self._pacer.way.unit_bytes
+            part = first_of(views, unit - begin % PAGE_BYTES)
             cached += self._read(name, begin, part)
-            begin += total(part)
+            done = total(part)
+            begin, views = begin + done, rest_of(views, done)
         self._hits = self._hits + 1 if cached == nbytes else 0
         return cached
 
@@ -105,7 +108,7 @@ class AdaptiveReader:
             return cached
         self._look(pacer, name)
         way, began = pacer.way, time.perf_counter()
-        if not (way.direct and self._read_direct(name, begin, views)):
+        if not (way.direct and self._read_direct(name, begin, views, way)):
             self._storage.read_into(name, begin, views)
         now = time.perf_counter()
         pacer.done(way, nbytes, now - began, now)
@@ -160,7 +163,7 @@ class AdaptiveReader:
         if ways != list(pacer.ways):
             pacer.choose_from(ways)
 
-    def _read_direct(self, name: str, begin: int, views: Sequence[memoryview]) -> bool:
+    def _read_direct(self, name: str, begin: int, views: Sequence[memoryview], way: Way) -> bool:
         """Read past the page cache; False where this file cannot be read so."""
         file = self._file(name)
         if file is None:
@@ -168,7 +171,7 @@ class AdaptiveReader:
         nbytes = total(views)
         try:
             with self._storage.mapped(name):
-                found = file.read_into(begin, views)
+                found = file.read_into(begin, views, self._rooms[way.unit_bytes])
         except OSError as error:
             cause = error.__cause__
             if not isinstance(cause, OSError) or cause.errno != errno.EINVAL:
@@ -196,7 +199,7 @@ class AdaptiveReader:
             if fd < 0 or alignment is None:
                 self._refused(name, "its file system refuses O_DIRECT")
                 return None
-            self._files[name] = DirectFile(fd, *alignment, self._rooms)
+            self._files[name] = DirectFile(fd, *alignment)
             return self._files[name]
 
     def _refused(self, name: str, why: str) -> None:

@@ -39,13 +39,14 @@ def alignment_of(fd: int) -> tuple[int, int] | None:
 class DirectFile:
     """One file, opened past the page cache."""
 
-    def __init__(self, fd: int, memory: int, offset: int, rooms: Rooms) -> None:
+    def __init__(self, fd: int, memory: int, offset: int) -> None:
         self.fd = fd
-        self._memory, self._offset, self._rooms = memory, offset, rooms
+        self._memory, self._offset = memory, offset
 
-    def read_into(self, begin: int, views: Sequence[memoryview]) -> int:
-        """Fill `views` with the bytes from `begin` on; return how many there were.
+    def read_into(self, begin: int, views: Sequence[memoryview], rooms: Rooms) -> int:
+        """Fill `views` with the bytes from `begin` on, by way of `rooms` where they lie askew.
 
+        Returns how many there were.
         Fewer than asked for only at the end of the file. `OSError` (EINVAL) where the file system
         wants another alignment than it says.
         """
@@ -55,10 +56,10 @@ class DirectFile:
         if len(views) == 1 and last - first > 2 * self._offset:
             at = address_of(views[0]) - begin + first + self._offset
             if at % self._memory == 0:
-                return self._in_place(begin, views[0], first, last)
+                return self._in_place(begin, views[0], first, last, rooms)
         goals = [np.frombuffer(view, dtype=np.uint8) for view in views if view.nbytes]
         done, end = 0, begin + nbytes
-        with self._rooms.lent() as room:
+        with rooms.lent() as room:
             while first < last:
                 asked = min(len(room), last - first)
                 count = self._fill(first, [room[:asked].data])
@@ -69,12 +70,12 @@ class DirectFile:
                 first += count
         return done
 
-    def _in_place(self, begin: int, view: memoryview, first: int, last: int) -> int:
+    def _in_place(self, begin: int, view: memoryview, first: int, last: int, rooms: Rooms) -> int:
         """Read all but the ends straight into `view`: these are less than what is read at once."""
         unit, end = self._offset, begin + view.nbytes
         head, tail = (first + unit) - begin, end - (last - unit)
         middle = view[head : view.nbytes - tail]
-        with self._rooms.lent() as ends:
+        with rooms.lent() as ends:
             count = self._fill(first, [ends[:unit].data, middle, ends[unit : 2 * unit].data])
             view[:head] = ends[unit - head : unit].data
             view[view.nbytes - tail :] = ends[unit : unit + tail].data

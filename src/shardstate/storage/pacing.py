@@ -27,9 +27,11 @@ class Way:
 
     threads: int  # reads in flight
     direct: bool  # past the page cache
+    unit_bytes: int = 1 << 20  # of one of them
 
     def __str__(self) -> str:
-        return f"{'direct' if self.direct else 'buffered'} × {self.threads}"
+        how = "direct" if self.direct else "buffered"
+        return f"{how} {self.threads} × {self.unit_bytes >> 20} MiB"
 
 
 @dataclass

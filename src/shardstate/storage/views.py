@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -20,19 +20,17 @@ def rest_of(views: Sequence[memoryview], done: int) -> list[memoryview]:
     return []
 
 
-def cut(views: Sequence[memoryview], first: int, most: int) -> Iterator[list[memoryview]]:
-    """Yield `views` in lists of `most` bytes each; of `first` bytes the first one."""
-    part, room = list[memoryview](), first
-    for view in (view.cast("B") for view in views):
-        at = 0
-        while at < view.nbytes:
-            part.append(view[at : at + room])
-            at, room = at + part[-1].nbytes, room - part[-1].nbytes
-            if not room:
-                yield part
-                part, room = [], most
-    if part:
-        yield part
+def first_of(views: Sequence[memoryview], most: int) -> list[memoryview]:
+    """Return the first `most` bytes of `views`, or all of them."""
+    found: list[memoryview] = []
+    for view in views:
+        part = view.cast("B")[:most]
+        if part.nbytes:
+            found.append(part)
+        most -= part.nbytes
+        if not most:
+            break
+    return found
 
 
 def address_of(view: memoryview) -> int:
