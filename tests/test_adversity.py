@@ -26,6 +26,7 @@ from shardstate.checkpoint import open_checkpoint
 from shardstate.cli.main import run
 from shardstate.errors import ChangedFile, InputError, StorageError, TruncatedFile
 from shardstate.storage import LocalStorage
+from shardstate.storage.adaptive import AdaptiveReader
 from shardstate.torch import load_model
 from test_cli import COMMAND, drop_capabilities, small_disk
 
@@ -77,7 +78,7 @@ def after_reads(monkeypatch):
 
     def arrange(number, what):
         monkeypatch.setattr(planning, "READ_BYTES", 4096)  # several reads of small files
-        original, left, lock = LocalStorage.read_into, [number], threading.Lock()
+        original, left, lock = AdaptiveReader.read_into, [number], threading.Lock()
 
         def read_into(self, name, begin, views):
             if name.endswith(".safetensors") and begin > 8:
@@ -87,7 +88,7 @@ def after_reads(monkeypatch):
                         what()
             return original(self, name, begin, views)
 
-        monkeypatch.setattr(LocalStorage, "read_into", read_into)
+        monkeypatch.setattr(AdaptiveReader, "read_into", read_into)
         return left
 
     return arrange
@@ -159,14 +160,14 @@ class TestAFileThatChangesWhileItIsRead:
         script = f"""
 import os, sys, threading
 import shardstate
-from shardstate.storage import LocalStorage
-original, count = LocalStorage.read_into, [0]
+from shardstate.storage.adaptive import AdaptiveReader
+original, count = AdaptiveReader.read_into, [0]
 def read_into(self, name, begin, views):
     count[0] += 1
-    if count[0] == 4:
+    if count[0] == 2:
         os.truncate({str(path / WEIGHTS)!r}, 100_000)
     return original(self, name, begin, views)
-LocalStorage.read_into = read_into
+AdaptiveReader.read_into = read_into
 try:
     shardstate.load({str(path)!r}, rank=0, tp=1)
 except shardstate.ShardStateError as error:

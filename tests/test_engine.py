@@ -18,7 +18,7 @@ from shardstate.errors import OutOfMemory, StorageError, TruncatedFile
 from shardstate.header import PREFIX_BYTES, Header, parse_header, serialise_header
 from shardstate.layout import Move, Region
 from shardstate.plan import Copy, Fill, Literal, make_plan, plan_identity
-from shardstate.storage import LocalStorage, locate
+from shardstate.storage import LocalStorage, Reading, locate
 from shardstate.targets import (
     CompareTarget,
     DigestTarget,
@@ -160,7 +160,17 @@ def test_memory_that_runs_out_is_an_error_that_says_where(tmp_path, monkeypatch)
     assert list(out.iterdir()) == []
 
 
-class FailingStorage(LocalStorage):
+class BufferedStorage(LocalStorage):
+    """A storage whose reader asks `read_into` for everything."""
+
+    def __init__(self, path, *, create=False, reading=None):
+        super().__init__(path, create=create, reading=Reading(direct=False))
+
+    def read_resident(self, name, begin, views):
+        return 0
+
+
+class FailingStorage(BufferedStorage):
     """The second large read fails while the first, whose bytes others wait for, is under way."""
 
     reads = 0
@@ -205,15 +215,12 @@ def test_memory_keeps_to_its_budget_with_any_number_of_threads(threads):
     assert 4 * threads * max(read.nbytes for read in reads) <= planning.MEMORY_BYTES
 
 
-class SlowStorage(LocalStorage):
+class SlowStorage(BufferedStorage):
     """Each read takes a while, as on a store far away."""
 
     def read_into(self, name, begin, views):
         time.sleep(0.04)
         super().read_into(name, begin, views)
-
-    def read_resident(self, name, begin, views):
-        return 0  # nothing is at hand
 
 
 def test_an_interrupt_stops_within_a_second_and_leaves_no_thread(tmp_path):

@@ -15,7 +15,7 @@ import shardstate
 from checkpoints import flip_bit, tree
 from crashing import die_at
 from shardstate.errors import ChangedFile, DamageError, SignatureError, UsageError
-from shardstate.storage import LocalStorage
+from shardstate.storage.adaptive import AdaptiveReader
 
 __all__ = ["llama", "log", "offline"]  # fixtures
 
@@ -81,7 +81,7 @@ def test_a_file_that_is_overwritten_while_it_is_read_is_named(
         shardstate.shard(llama, path, tp=2, layout="rules")
     else:
         shutil.copytree({"ordinary": llama, "vllm": offline}[layout], path)
-    original, done = LocalStorage.read_into, []
+    original, done = AdaptiveReader.read_into, []
 
     def read_into(self, name, begin, views):
         if name.endswith(".safetensors") and begin > 8 and not done:
@@ -91,7 +91,7 @@ def test_a_file_that_is_overwritten_while_it_is_read_is_named(
                 file.write(b"\x55")
         return original(self, name, begin, views)
 
-    monkeypatch.setattr(LocalStorage, "read_into", read_into)
+    monkeypatch.setattr(AdaptiveReader, "read_into", read_into)
     with pytest.raises(ChangedFile) as error:
         loaded(path, 0)
     assert done[0] in str(error.value)

@@ -96,23 +96,22 @@ class AdaptiveReader:
         return cached
 
     def _read(self, name: str, begin: int, views: Sequence[memoryview]) -> int:
-        """Read the way that the pacer says, and tell it how that went; return the bytes cached."""
-        nbytes = total(views)
-        cached = self._cached(name, begin, begin + nbytes)
-        there = cached == nbytes and self._asked is not True
-        pacer = self._pacer
-        if pacer is None and not there:
-            pacer = self._paced(name)
-        if pacer is None or (there and (pacer.way.direct or self._before(name, begin))):
-            self._storage.read_into(name, begin, views)
-            return cached
-        self._look(pacer, name)
-        way, began = pacer.way, time.perf_counter()
-        if not (way.direct and self._read_direct(name, begin, views, way)):
-            self._storage.read_into(name, begin, views)
-        now = time.perf_counter()
-        pacer.done(way, nbytes, now - began, now)
-        return cached
+        """Read what was cached from there, and the rest the way that the pacer says; return how
+        much was cached.
+        """
+        there = 0
+        if self._asked is not True and self._was_cached(name, begin, begin + total(views)):
+            there = self._storage.read_resident(name, begin, views)
+            begin, views = begin + there, rest_of(views, there)
+        if views:
+            pacer = self._pacer or self._paced(name)
+            self._look(pacer, name)
+            way, began = pacer.way, time.perf_counter()
+            if not (way.direct and self._read_direct(name, begin, views, way)):
+                self._storage.read_into(name, begin, views)
+            now = time.perf_counter()
+            pacer.done(way, total(views), now - began, now)
+        return there
 
     def stop(self) -> None:
         self._stopped.set()
@@ -128,8 +127,8 @@ class AdaptiveReader:
                 fcntl.flock(self._storage.descriptor(name), fcntl.LOCK_UN)
         self._announced.clear()
 
-    def _cached(self, name: str, begin: int, end: int) -> int:
-        """Return how many bytes of the range are in the page cache now; 0 where nothing tells."""
+    def _was_cached(self, name: str, begin: int, end: int) -> bool:
+        """Return whether bytes were cached before this execution came near them."""
         if name not in self._resident:
             fd = self._storage.descriptor(name)
             with contextlib.suppress(OSError):
@@ -137,12 +136,8 @@ class AdaptiveReader:
                 self._announced.add(name)
             with contextlib.suppress(OSError):
                 os.pread(fd, 1, 0)  # a probe must see this
-            self._resident[name] = Resident(probe_of(fd))
-        return self._resident[name].now(begin, end)
-
-    def _before(self, name: str, begin: int) -> bool:
-        """Return whether a byte was cached before this execution came near it: not read ahead."""
-        return self._resident[name].before(begin)
+            self._resident[name] = Resident(probe_of(fd), self._storage.size(name))
+        return self._resident[name](begin, end)
 
     def _paced(self, name: str) -> Pacer:
         fd = self._storage.descriptor(name)

@@ -31,36 +31,37 @@ class _Pages(ctypes.Structure):
 
 
 class Resident:
-    """What of one file is in the page cache, and what was before it was read here."""
+    """What of one file was in the page cache before it was read here.
 
-    _CELL, _CELLS = 1 << 20, 64  # looked at by MiB, so many at once: further than is read ahead
+    Looked at by MiB, and so many at once that it is further than anything is read ahead.
+    """
 
-    def __init__(self, probe: Probe | None) -> None:
-        self._probe = probe
-        self._seen: dict[int, int] = {}  # cell → bytes that were resident
+    _CELL, _CELLS = 1 << 20, 64
 
-    def now(self, begin: int, end: int) -> int:
-        """Return how many bytes of a range are resident; 0 where nothing tells."""
-        cell = begin // self._CELL
-        if cell not in self._seen:
-            first = cell // self._CELLS * self._CELLS
-            for i in range(first, first + self._CELLS):
-                seen = self._ask(i * self._CELL, (i + 1) * self._CELL)
-                self._seen.setdefault(i, seen)
-        return self._ask(begin, end)
+    def __init__(self, probe: Probe | None, nbytes: int) -> None:
+        self._probe, self._nbytes = probe, nbytes
+        self._seen: dict[int, bool] = {}  # cell → whether all of it was resident
 
-    def before(self, at: int) -> bool:
-        """Return whether what lies around byte `at` was resident when this first looked."""
-        return self._seen.get(at // self._CELL, 0) >= self._CELL // 2
+    def __call__(self, begin: int, end: int) -> bool:
+        """Return whether all that lies around bytes `[begin, end)` was resident."""
+        cells = range(begin // self._CELL, (end - 1) // self._CELL + 1)
+        if cells[-1] not in self._seen or cells[0] not in self._seen:
+            first = cells[0] // self._CELLS * self._CELLS
+            last = cells[-1] // self._CELLS * self._CELLS + self._CELLS
+            for cell in range(first, last):
+                if cell not in self._seen:
+                    self._seen[cell] = self._ask(cell)
+        return all(self._seen[cell] for cell in cells)
 
-    def _ask(self, begin: int, end: int) -> int:
-        if self._probe is None:
-            return 0
+    def _ask(self, cell: int) -> bool:
+        begin, end = cell * self._CELL, min((cell + 1) * self._CELL, self._nbytes)
+        if self._probe is None or begin >= end:
+            return False
         try:
-            return min(self._probe(begin, end), end - begin)
+            return self._probe(begin, end) >= end - begin
         except OSError:
             self._probe = None
-            return 0
+            return False
 
 
 def probe_of(fd: int) -> Probe | None:
@@ -102,8 +103,6 @@ def _by_mincore(fd: int) -> Probe:
         first = begin // _PAGE * _PAGE
         flags = np.empty(-(-(end - first) // _PAGE), dtype=np.uint8)
         length = min(end, len(mapped)) - first
-        if length <= 0:
-            return 0
         if call(
             ctypes.c_void_p(address + first),
             ctypes.c_size_t(length),
