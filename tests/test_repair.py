@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from cryptography.hazmat.primitives.asymmetric import ed25519
 
 import shardstate
 from checkpoints import (
@@ -19,11 +20,14 @@ from checkpoints import (
     write_vllm_set,
 )
 from shardstate.cli.main import run
-from shardstate.errors import InputError, PathNotFound, TargetBusy, UsageError
+from shardstate.errors import InputError, PathNotFound, SetError, TargetBusy, UsageError
 from shardstate.storage import LocalStorage
 from shardstate.torch import save_model
+from test_signing import write_key, write_public
 from test_verify import forge, reseal
 
+MANIFEST, SIGNATURE = "shardstate.json", "shardstate.json.sig"
+RECORD0, RECORD1 = "shardstate.rank-0.json", "shardstate.rank-1.json"
 R0, R1 = "model-rank-0-part-0.safetensors", "model-rank-1-part-0.safetensors"
 NORM = "model.norm.weight"
 
@@ -70,6 +74,15 @@ def damage(path, how):
             path.unlink()
 
 
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory):
+    """A directory with a key and its public one."""
+    path, key = tmp_path_factory.mktemp("keys"), ed25519.Ed25519PrivateKey.generate()
+    write_key(path / "key", key)
+    write_public(path / "key.pub", key)
+    return path
+
+
 HOW = ["flip", "last bit", "cut", "longer", "empty", "gone"]
 
 
@@ -79,8 +92,6 @@ class TestEachFile:
         names = [name for name in tree(sound) if not name.endswith("/")]
         path = shutil.copytree(sound, tmp_path / "set")
         for name in names:
-            if (name, how) == ("shardstate.json", "gone"):
-                continue  # then there is no set
             damage(path / name, how)
             others = [other for other in names if other != name]
             before = identities(path, others)
@@ -95,7 +106,7 @@ class TestEachFile:
         names = [name for name in tree(sound) if not name.endswith("/")]
         path = shutil.copytree(sound, tmp_path / "set")
         for i, name in enumerate(names):
-            damage(path / name, "flip" if name == "shardstate.json" else HOW[i % len(HOW)])
+            damage(path / name, HOW[i % len(HOW)])
             assert shardstate.verify(path, repair=sound).problems == (), name
             assert tree(path) == tree(sound), name
 
@@ -153,6 +164,107 @@ class TestEachFile:
         assert run(["verify", str(copy), "--full"]) == 1
         assert "verify --repair" in capsys.readouterr().out
         assert tree(copy) != tree(simple)
+
+
+class TestTheManifest:
+    """It is a function of the records: lost or damaged, it needs neither source nor copy."""
+
+    @pytest.mark.parametrize("how", HOW)
+    def test_of_a_saved_module_is_made_again_from_the_records(self, how, tmp_path):
+        path = tmp_path / "set"
+        save_model({"a": torch.arange(5000.0), "b": torch.zeros(3)}, path)
+        before, others = tree(path), identities(path, [R0, RECORD0])
+        damage(path / MANIFEST, how)
+        report = shardstate.verify(path, repair=True)
+        assert report.problems == ()
+        assert report.notes == (f"{MANIFEST} was made again from the records",)
+        assert report.bytes_written == len(before[MANIFEST])
+        assert tree(path) == before
+        assert identities(path, [R0, RECORD0]) == others
+
+    def test_comes_first_and_the_rest_of_the_repair_goes_on(self, copy, simple):
+        for name in (R1, "config.json", "shardstate.rank-0.provenance.json"):
+            damage(copy / name, "flip")
+        damage(copy / MANIFEST, "gone")
+        report = shardstate.verify(copy, repair=True, ranks=[1])
+        assert (report.problems, tree(copy)[R1]) == ((), tree(simple)[R1])
+        assert shardstate.verify(copy, repair=True).problems == ()
+        assert tree(copy) == tree(simple)
+
+    def test_by_the_command_line_as_verify_says(self, copy, simple, tmp_path, capsys):
+        for how, status in (("gone", 2), ("cut", 1), ("flip", 1)):
+            damage(copy / MANIFEST, how)
+            assert run(["verify", str(copy)]) == status
+            said = capsys.readouterr()
+            assert "from the records" in said.out + said.err
+            assert "(verify --repair)" in said.out + said.err
+            assert run(["verify", str(copy), "--repair"]) == 0
+            assert f"{MANIFEST} was made again from the records" in capsys.readouterr().out
+            assert tree(copy) == tree(simple)
+        damage(copy / MANIFEST, "gone")
+        with pytest.raises(SetError, match=r"\(verify --repair\)"):
+            shardstate.copy(copy, tmp_path / "elsewhere")
+
+    @pytest.mark.parametrize("how", ["gone", "flip"])
+    def test_a_signature_that_fits_stays_valid(self, how, copy, keys):
+        shardstate.sign(copy, key=keys / "key")
+        before = tree(copy)
+        damage(copy / MANIFEST, how)
+        report = shardstate.verify(copy, repair=True, key=keys / "key.pub")
+        assert report.problems == ()
+        assert report.signed_by is not None
+        assert tree(copy) == before
+
+    def test_a_signature_that_does_not_fit_stays_and_is_told(self, copy, simple, keys):
+        reseal(copy / MANIFEST, lambda c: c["source"].update(location="/elsewhere"))
+        shardstate.sign(copy, key=keys / "key")
+        signature = tree(copy)[SIGNATURE]
+        damage(copy / MANIFEST, "gone")
+        (problem,) = shardstate.verify(copy, repair=True).problems
+        assert (problem.kind, problem.file) == ("stale", SIGNATURE)
+        (problem,) = shardstate.verify(copy, repair=True, key=keys / "key.pub").problems
+        assert (problem.kind, problem.file) == ("digest", MANIFEST)
+        assert "is not what key" in problem.problem
+        assert tree(copy) == {**tree(simple), SIGNATURE: signature}
+
+    @pytest.mark.parametrize(
+        ("how", "says"), [("gone", "is missing; write that rank"), ("flip", "is damaged; write")]
+    )
+    def test_where_a_record_lacks_too_wants_a_copy(self, how, says, copy, simple, source):
+        damage(copy / RECORD1, how)
+        damage(copy / MANIFEST, "gone")
+        before = tree(copy)
+        for repair in (True, source):
+            with pytest.raises(SetError, match=f"{MANIFEST} is missing.*: {RECORD1} {says}") as e:
+                shardstate.verify(copy, repair=repair)
+            assert str(e.value).endswith("or name another copy of the set (--repair COPY)")
+        assert tree(copy) == before
+        report = shardstate.verify(copy, repair=simple)
+        assert report.problems == ()
+        assert report.notes[0] == f"{MANIFEST} was made again from {simple}"
+        assert tree(copy) == tree(simple)
+        damage(copy / RECORD1, how)
+        damage(copy / MANIFEST, "flip")
+        report = shardstate.verify(copy, repair=True)
+        assert {MANIFEST, RECORD1} <= {p.file for p in report.problems}
+        assert report.notes[0].startswith(f"{MANIFEST} was not made again: {RECORD1} {says}")
+
+    def test_of_records_that_are_not_of_one_set_is_not_made(self, copy, source, tmp_path):
+        other = tmp_path / "other"
+        shardstate.shard(source, other, tp=2, dtype="f32")
+        damage(copy / MANIFEST, "gone")
+        damage(copy / RECORD1, "gone")
+        with pytest.raises(SetError, match="is no copy of this set"):
+            shardstate.verify(copy, repair=other)
+        shutil.copy(other / RECORD1, copy)
+        before = tree(copy)
+        with pytest.raises(SetError, match="records are of 2 sets, expected one"):
+            shardstate.verify(copy, repair=True)
+        for name in (RECORD0, RECORD1):
+            damage(copy / name, "flip")
+        with pytest.raises(SetError, match="records are of 0 sets, expected one"):
+            shardstate.verify(copy, repair=True)
+        assert tree(copy).keys() == before.keys()
 
 
 class TestWhatCannotBeMade:

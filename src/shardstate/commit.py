@@ -18,10 +18,11 @@ from shardstate.errors import (
     StorageError,
     UsageError,
 )
-from shardstate.inventory import Examiner, Identity, look
+from shardstate.inventory import Examiner, Found, Identity, look
 from shardstate.manifest import (
     MAX_JSON_BYTES,
     VERSION,
+    Manifest,
     PartEntry,
     Record,
     Sealed,
@@ -29,6 +30,7 @@ from shardstate.manifest import (
     SmallFile,
     manifest_json,
     manifest_of,
+    parse_manifest,
     parse_record,
     record_json,
     seal,
@@ -209,26 +211,17 @@ class SetWriter:
         """
         found = look(self._storage)
         world = self._info.shape.world
-        ours = {r: each for r, each in found.records.items() if each[0].set == self._set}
-        lacking = tuple(rank for rank in range(world) if rank not in ours)
-        damaged = {record_rank(name): name for name in found.unreadable}
-        if bad := [damaged[rank] for rank in lacking if rank in damaged]:
-            raise SetError(
-                f"{self._storage.location}: {bad[0]} is damaged; write that rank again",
-                file=bad[0],
-            )
-        if lacking:
-            return lacking
-        manifest = manifest_of([ours[rank] for rank in range(world)])
-        self._storage.put(MANIFEST, manifest_json(manifest))
-        self._storage.sync()
+        manifest = publish_manifest(self._storage, found, set_id=self._set, world=world)
+        if isinstance(manifest, tuple):
+            return manifest
         listed = {entry.name for entry in manifest.files}
         beyond = {name for name in found.entries if self._rank_of(name) >= world}
         for name in sorted((found.listed | self._old_files | beyond) - listed):
             if not shared or self._examiner.mark(name) is not None:
                 self._storage.remove(name)
         # Records of ranks that this set does not have: another set's, whole or damaged.
-        for rank in {*found.records, *(r for r in damaged if r is not None)} - set(ours):
+        damaged = {r for name in found.unreadable if (r := record_rank(name)) is not None}
+        for rank in (found.records.keys() | damaged) - set(range(world)):
             self._storage.remove(provenance_name(rank))
             self._storage.remove(record_name(rank))
         self._storage.sync()
@@ -260,6 +253,29 @@ class SetWriter:
                 return entry
         self._storage.put(name, data)
         return entry
+
+
+def publish_manifest(
+    storage: Writable, found: Found, *, set_id: str, world: int
+) -> Manifest | tuple[int, ...]:
+    """Publish the manifest of a set if the records of all ranks are there.
+
+    Return it, else the ranks that lack. `SetError` where one is damaged, or they disagree.
+    """
+    ours = {r: each for r, each in found.records.items() if each[0].set == set_id}
+    lacking = tuple(rank for rank in range(world) if rank not in ours)
+    if bad := [name for name in found.unreadable if record_rank(name) in lacking]:
+        raise SetError(
+            f"{storage.location}: {bad[0]} is damaged; write that rank again", file=bad[0]
+        )
+    if lacking:
+        return lacking
+    manifest = manifest_of([ours[rank] for rank in range(world)])
+    data = manifest_json(manifest)
+    parse_manifest(data, file=MANIFEST)  # records can contradict each other in names
+    storage.put(MANIFEST, data)
+    storage.sync()
+    return manifest
 
 
 def companions_of(storage: Storage) -> Iterator[str]:

@@ -1,7 +1,7 @@
 """Makes the damaged files of a set again, and only these: from its source, or from another copy.
 
 Nothing is written that does not have the digest which the rest of the set expects of it. What that
-digest is follows from the manifest, or where that is damaged from the records.
+digest is follows from the manifest, which itself follows from the records.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ import numpy as np
 from shardstate.against import rebased_plan
 from shardstate.catalog import catalog_of, merge_catalogs
 from shardstate.checkpoint import Checkpoint, read_header
-from shardstate.commit import companions_of
+from shardstate.commit import companions_of, publish_manifest
 from shardstate.digest import digest_of, rank_file_digest
-from shardstate.errors import InputError, ShardStateError
+from shardstate.errors import InputError, SetError, ShardStateError
 from shardstate.findings import Verification
+from shardstate.inventory import Found, look
 from shardstate.manifest import (
     MAX_JSON_BYTES,
     FileEntry,
@@ -29,7 +30,6 @@ from shardstate.manifest import (
     Sealed,
     SmallFile,
     manifest_json,
-    manifest_of,
     parse_manifest,
     record_json,
 )
@@ -70,13 +70,11 @@ class Repair:
         return self.donor.kind == "shardstate"
 
     def small_files(self, found: Verification) -> None:
-        """Make manifest, records, provenances and companions again that `found` calls damaged."""
+        """Make records, provenances and companions again that `found` calls damaged."""
         damaged = {problem.file for problem in found.problems}
         manifest = found.manifest
         if manifest is None:
-            with self._trying(MANIFEST):
-                self._put(MANIFEST, self._manifest(found))
-            return  # what else is damaged shows against the new one
+            return  # nothing says what they should be
         entries = {entry.name: entry for entry in manifest.files}
         # A record may need the provenance of its rank.
         for name in sorted(damaged, key=lambda name: (record_rank(name) is not None, name)):
@@ -112,23 +110,6 @@ class Repair:
         self.made[name] = len(data)
 
     # Small files
-
-    def _manifest(self, found: Verification) -> bytes:
-        """Return the bytes of a manifest that the sound records agree with."""
-        held = {rank: self._own(record_name(rank)) for rank in found.records}
-        if self.from_copy and self.donor.manifest is not None:
-            listed = {entry.name: entry.digest for entry in self.donor.manifest.files}
-            names = {record_name(rank): digest_of(data) for rank, data in held.items()}
-            if names and all(listed.get(name) == digest for name, digest in names.items()):
-                return self.donor.manifest_bytes
-            raise _CannotBeMade(f"{self.donor.location} is no copy of this set")
-        info = found.info
-        if info is None or len(found.records) != info.shape.world:
-            raise _CannotBeMade("records are damaged too: name another copy (--repair COPY)")
-        made = manifest_of([(record, held[rank]) for rank, record in found.records.items()])
-        data = manifest_json(made)
-        parse_manifest(data, file=MANIFEST)
-        return data
 
     def _small(self, entry: FileEntry, manifest: Manifest, found: Verification) -> bytes:
         """Return the bytes of a file as the manifest lists it, wherever they can be had."""
@@ -338,6 +319,54 @@ class _HeldOutput:
         """Do nothing: whoever holds the outputs discards what was not published."""
 
 
+def remake_manifest(
+    target: Writable, copy: Callable[[], Checkpoint] | None
+) -> tuple[int, tuple[str, ...]]:
+    """Make a manifest that is lost or damaged again; return the bytes written, and notes.
+
+    From the records of all ranks, as whoever wrote the set did; where these do not suffice, it is
+    that of another copy. Where neither will do a note says why, or `SetError` if there is none.
+    """
+    with contextlib.suppress(InputError):
+        parse_manifest(target.read(MANIFEST, limit=MAX_JSON_BYTES), file=MANIFEST)
+        return 0, ()
+    found = look(target)
+    try:
+        made = _publish_from_records(target, found)
+        return len(manifest_json(made)), (f"{MANIFEST} was made again from the records",)
+    except SetError as error:
+        why = str(error).removeprefix(f"{target.location}: ")
+        why += ", or name another copy of the set (--repair COPY)"
+    if copy is not None:
+        with copy() as donor:
+            if donor.manifest is not None:
+                listed = {entry.name: entry.digest for entry in donor.manifest.files}
+                held = {record_name(r): digest_of(data) for r, (_, data) in found.records.items()}
+                if held and held.items() <= listed.items():
+                    target.put(MANIFEST, donor.manifest_bytes)
+                    note = f"{MANIFEST} was made again from {donor.location}"
+                    return len(donor.manifest_bytes), (note,)
+                why = f"{donor.location} is no copy of this set"
+    if MANIFEST not in target.entries():
+        raise SetError(
+            f"{target.location}: {MANIFEST} is missing and cannot be made again: {why}",
+            file=MANIFEST,
+        )
+    return 0, (f"{MANIFEST} was not made again: {why}",)
+
+
+def _publish_from_records(target: Writable, found: Found) -> Manifest:
+    """Publish the manifest of the only set whose records are there; `SetError` says what lacks."""
+    records = [record for record, _ in found.records.values()]
+    if (sets := len({record.set for record in records})) != 1:
+        raise SetError(f"the sound records are of {sets} sets, expected one; write all ranks again")
+    world = records[0].info.shape.world
+    made = publish_manifest(target, found, set_id=records[0].set, world=world)
+    if isinstance(made, tuple):
+        raise SetError(f"{record_name(made[0])} is missing; write that rank again")
+    return made
+
+
 def apply(
     repair: Repair, found: Verification, check: Callable[[bool], Verification]
 ) -> Verification:
@@ -346,7 +375,7 @@ def apply(
     `check` verifies the set again, its data too where asked.
     """
     deep = found
-    for _ in range(3):  # the manifest, then records and provenances, then what only they show
+    for _ in range(2):  # records and provenances, then what only they show
         before = len(repair.made)
         repair.small_files(found)
         if len(repair.made) == before:

@@ -130,8 +130,9 @@ def verify_set(
     names = storage.entries()
     if MANIFEST not in names:
         raise SetError(
-            f"{storage.location}: has records and no {MANIFEST}: the set is incomplete, or its "
-            f"writing was interrupted; finish it with the command that began it",
+            f"{storage.location}: has records and no {MANIFEST}: it was lost, or the set is "
+            f"incomplete; make it again from the records of all ranks (verify --repair), or finish "
+            f"the set with the command that began it",
             file=MANIFEST,
         )
     manifest = _manifest(storage, found)
@@ -185,7 +186,8 @@ def _manifest(storage: Storage, found: Verification) -> Manifest | None:
     try:
         found.manifest = parse_manifest(data, file=MANIFEST)
     except SetError as error:
-        found.add("digest", MANIFEST, _said(error))
+        text = f"{_said(error)}, or make it from the records (verify --repair)"
+        found.add("digest", MANIFEST, text)
     found.files.append((MANIFEST, len(data), None))
     return found.manifest
 

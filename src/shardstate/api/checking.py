@@ -51,8 +51,9 @@ def verify(
     vLLM's own sets and on ordinary checkpoints only the structure can be checked.
 
     `repair` implies `full` and makes the damaged files again, and only these: from the source that
-    is recorded (True), or from the given source or other copy of the set. `problems` are those that
-    are left, and `notes` say what was made. Files that nothing lists are not removed.
+    is recorded (True), or from the given source or other copy of the set; a manifest that is lost
+    or damaged is made from the records of all ranks. `problems` are those that are left, and
+    `notes` say what was made. Files that nothing lists are not removed.
 
     `key` is a file with the Ed25519 key that must have signed the set, public or private. `digest`
     is what its manifest's must be: of the file, or the one that it ends with. Both vouch for what

@@ -152,7 +152,8 @@ def _chosen(checkpoint: Checkpoint, ranks: Sequence[int] | None) -> tuple[int, .
         return None
     if checkpoint.kind == "shardstate" and checkpoint.manifest is None:
         raise SetError(
-            f"{checkpoint.location}: has no {MANIFEST}: the set is incomplete; finish it first",
+            f"{checkpoint.location}: has no {MANIFEST}: the set is incomplete; finish it first, or "
+            f"make it again from the records (verify --repair)",
             file=MANIFEST,
         )
     return chosen_ranks(ranks, topology)

@@ -14,7 +14,7 @@ from shardstate.errors import InputError, PathNotFound, UsageError
 from shardstate.findings import Verification
 from shardstate.manifest import SetInfo
 from shardstate.plan import Plan
-from shardstate.repair import Repair, apply
+from shardstate.repair import Repair, apply, remake_manifest
 from shardstate.report import Report
 from shardstate.storage import Access, Storage, Writable, location_of
 from shardstate.targets import DigestTarget, FilesTarget
@@ -34,6 +34,13 @@ def repaired(
     `source` is True for the source that is recorded, else the source or another copy.
     """
     with target.lock():
+        written, notes = remake_manifest(
+            target,
+            None
+            if isinstance(source, bool)
+            else lambda: _donor(target.location, source, None, access),
+        )
+        report.bytes_written, report.notes = written or None, notes
         found = check(True)
         info = found.info
         if not found.problems:
@@ -46,8 +53,9 @@ def repaired(
         finally:
             donor.close()
         target.sync()
-    report.bytes_written = sum(repair.made.values())
+    report.bytes_written = written + sum(repair.made.values())
     report.notes = (
+        *notes,
         *(f"{name} was made again from {donor.location}" for name in sorted(repair.made)),
         *(
             f"{name} was not made again: {why}"
