@@ -358,7 +358,7 @@ def remake_manifest(
 def _publish_from_records(target: Writable, found: Found) -> Manifest:
     """Publish the manifest of the only set whose records are there; `SetError` says what lacks."""
     records = [record for record, _ in found.records.values()]
-    if (sets := len({record.set for record in records})) != 1:
+    if (sets := len({(record.set, record.info.topology) for record in records})) != 1:
         raise SetError(f"the sound records are of {sets} sets, expected one; write all ranks again")
     world = records[0].info.shape.world
     made = publish_manifest(target, found, set_id=records[0].set, world=world)
