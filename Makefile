@@ -52,7 +52,7 @@ bench: $(BENCH_VENV)/.ready $(VLLM_VENV)/.ready
 	@mkdir -p bench/out/results
 	@for script in $(BENCHES); do echo "bench/$$script.py"; \
 	  $(BENCH_VENV)/bin/python bench/$$script.py > bench/out/results/$$script.json || exit 1; done
-	@export VLLM_CPU_KVCACHE_SPACE=1 VLLM_LOGGING_LEVEL=ERROR; for script in weights record; do \
+	@export VLLM_CPU_KVCACHE_SPACE=1 VLLM_LOGGING_LEVEL=ERROR; for script in weights record enginesave; do \
 	  echo "bench/$$script.py"; \
 	  $(VLLM_VENV)/bin/python bench/$$script.py > bench/out/results/$$script.json || exit 1; done; \
 	  echo "bench/shard.py --layout vllm"; $(VLLM_VENV)/bin/python bench/shard.py --layout vllm --no-raw \

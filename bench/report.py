@@ -241,6 +241,36 @@ def weights(result: Result) -> list[str]:
     ]
 
 
+def enginesave(result: Result) -> list[str]:
+    seconds, peak, saved = result["seconds"], result["peak_gb"], result["saved"]
+    own, wanted = seconds["shardstate"], saved["shardstate"]["tensors"]
+    return [
+        f"Files of {result['tp']} ranks for vLLM from a llama of {result['bytes'] / 1e9:.2f} GB in"
+        f" the page cache; {result['rounds']} rounds, each a process of its own from start to end,"
+        " imports included: `shardstate shard --layout vllm`, and an engine of vLLM that is started"
+        " to call its `save_sharded_state`. shardstate ends with fsync and has written digests;"
+        " vLLM leaves its files in the page cache. “Memory” is the most of all processes at once.",
+        "",
+        *table(
+            ("", "seconds", "shardstate is … times as fast", "memory, GB", "tensors saved"),
+            (
+                (
+                    n,
+                    cell(s),
+                    "" if n == "shardstate" else versus(own, s, seconds=True),
+                    cell(peak[n]),
+                    f"{saved[n]['equal']} of {wanted}",
+                )
+                for n, s in seconds.items()
+            ),
+        ),
+        "“Tensors saved” are equal to shardstate's bit for bit. On a CPU vLLM packs the weights of"
+        " linear layers once loaded, and its save lacks what it packed; “weights kept” is with"
+        " `ONEDNN_MAX_CPU_ISA=AVX2`, with which it does not pack.",
+        "",
+    ]
+
+
 def startup(result: Result) -> list[str]:
     parts = (f"{k}: {v}" for k, v in result.items() if k not in ("bench", "machine", "rounds"))
     return [f"Seconds: {'; '.join(parts)}.", ""]
@@ -253,6 +283,7 @@ SECTIONS: tuple[tuple[str, str, Callable[[Result], list[str]]], ...] = (
     ("weights", "The weight phase of a vLLM worker", weights),
     ("shard", "Sharding", shard),
     ("shard-vllm", "Sharding for vLLM", shard),
+    ("enginesave", "Sharding with and without an engine", enginesave),
     ("module", "Saving a module, and verifying while loading", module),
     ("verify", "Verifying", verify),
     ("catalog", "Opening a huge checkpoint", catalog),
