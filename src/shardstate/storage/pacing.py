@@ -55,7 +55,7 @@ class Pacer:
 
     def __post_init__(self) -> None:
         self.way = self._next()
-        self._warming = self.way.threads
+        self._warming = 3 * self.way.threads  # threads start, memory is touched for the first time
 
     def done(self, way: Way, nbytes: int, seconds: float, now: float) -> None:
         """Hear that a read of `nbytes` took so long and ended at `now` (seconds of any clock)."""
