@@ -707,9 +707,11 @@ class TestLoadingWithoutVerify:
 
     def test_a_file_that_is_cut_while_it_is_read_is_an_error(self, copy, monkeypatch):
         original, begin = os.preadv, read_header(copy / R0)[1]
-        monkeypatch.setattr(
-            os, "preadv", lambda fd, views, at: 0 if at >= begin else original(fd, views, at)
-        )
+
+        def preadv(fd, views, at, flags=0):
+            return 0 if at >= begin else original(fd, views, at, flags)
+
+        monkeypatch.setattr(os, "preadv", preadv)
         with pytest.raises(ShardStateError, match=f"{R0}: ends at byte {begin}"):
             shardstate.load(copy, rank=0)
 
