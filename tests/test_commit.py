@@ -690,9 +690,9 @@ def test_short_writes_are_continued(source, clean, tmp_path, monkeypatch):
 def test_short_reads_are_continued(source, clean, tmp_path, monkeypatch):
     original = os.preadv
 
-    def short(fd, views, offset):
+    def short(fd, views, offset, flags=0):
         view = next(view for view in views if view.nbytes)
-        return original(fd, [view.cast("B")[: max(1, view.nbytes // 2)]], offset)
+        return original(fd, [view.cast("B")[: max(1, view.nbytes // 2)]], offset, flags)
 
     monkeypatch.setattr(os, "preadv", short)
     shardstate.shard(source, tmp_path, tp=2, max_part_size=PART)

@@ -18,7 +18,7 @@ from shardstate.errors import OutOfMemory, StorageError, TruncatedFile
 from shardstate.header import PREFIX_BYTES, Header, parse_header, serialise_header
 from shardstate.layout import Move, Region
 from shardstate.plan import Copy, Fill, Literal, make_plan, plan_identity
-from shardstate.storage import LocalStorage, Reading, locate
+from shardstate.storage import LocalStorage, locate
 from shardstate.targets import (
     CompareTarget,
     DigestTarget,
@@ -27,6 +27,7 @@ from shardstate.targets import (
     allocate,
     files,
 )
+from storages import BufferedStorage
 
 LIMITS = {"piece_bytes": BLOCK_BYTES, "read_bytes": 2 * BLOCK_BYTES, "max_gap_bytes": 1 << 18}
 
@@ -158,16 +159,6 @@ def test_memory_that_runs_out_is_an_error_that_says_where(tmp_path, monkeypatch)
         shardstate.shard(source, out, tp=2, rules=[{"match": "a", "split": 1}])
     assert error.value.file == "model.safetensors"
     assert list(out.iterdir()) == []
-
-
-class BufferedStorage(LocalStorage):
-    """A storage whose reader asks `read_into` for everything."""
-
-    def __init__(self, path, *, create=False, reading=None):
-        super().__init__(path, create=create, reading=Reading(direct=False))
-
-    def read_resident(self, name, begin, views):
-        return 0
 
 
 class FailingStorage(BufferedStorage):

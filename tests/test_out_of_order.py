@@ -32,6 +32,7 @@ from shardstate.plan import Copy, Fill, Literal, Plan, make_plan
 from shardstate.storage import LocalStorage
 from shardstate.targets import FilesTarget
 from shardstate.targets.base import Assembly
+from storages import BufferedStorage
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 SECONDS = 60  # no run here needs more than a few
@@ -534,7 +535,7 @@ def test_ranks_transpose_their_columns_in_step(tmp_path: Path, tag: str) -> None
 # -- waiting and giving up -----------------------------------------------------------------------
 
 
-class Failing(LocalStorage):
+class Failing(BufferedStorage):
     """The third large read fails, while others wait for what it would bring."""
 
     reads = 0
