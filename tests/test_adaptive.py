@@ -144,6 +144,28 @@ def test_cached_parts_come_from_the_page_cache_and_the_others_past_it(folder, co
     assert min(direct) == cut
 
 
+def test_what_is_cached_is_read_there_where_the_file_system_cannot_say_so(
+    folder, content, monkeypatch
+):
+    with open(folder / "a", "rb") as file:
+        file.read()
+    original = os.preadv
+
+    def preadv(fd, views, at, flags=0):
+        if flags:
+            raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+        return original(fd, views, at)
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    monkeypatch.setattr(DirectFile, "read_into", None)
+    goal = np.empty(SIZE, dtype=np.uint8)
+    with LocalStorage(folder) as storage:
+        reader = storage.reader(2)
+        assert reader.read_into("a", 0, [goal.data]) == SIZE
+        reader.close()
+    assert np.array_equal(goal, content)
+
+
 def test_what_was_resident_before_is_told_from_what_was_read_ahead(folder):
     with open(folder / "a", "rb") as file:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)

@@ -55,6 +55,7 @@ class AdaptiveReader:
         self._ways, self._asked = ways, direct
         self._pacer: Pacer | None = None
         self._resident: dict[str, Resident] = {}
+        self._waiting: set[str] = set()  # files that cannot be read without waiting
         self._files: dict[str, DirectFile | None] = {}
         self._rooms = {way.unit_bytes: Rooms(way.unit_bytes) for way in ways}
         self._stopped = threading.Event()
@@ -101,6 +102,9 @@ class AdaptiveReader:
         """
         there = 0
         if self._asked is not True and self._was_cached(name, begin, begin + total(views)):
+            if name in self._waiting:
+                self._storage.read_into(name, begin, views)
+                return total(views)
             there = self._storage.read_resident(name, begin, views)
             begin, views = begin + there, rest_of(views, there)
         if views:
@@ -134,8 +138,12 @@ class AdaptiveReader:
             with contextlib.suppress(OSError):
                 fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
                 self._announced.add(name)
-            with contextlib.suppress(OSError):
+            try:
                 os.pread(fd, 1, 0)  # a probe must see this
+                os.preadv(fd, [bytearray(1)], 0, os.RWF_NOWAIT)
+            except OSError as error:
+                if error.errno == errno.EOPNOTSUPP:
+                    self._waiting.add(name)
             self._resident[name] = Resident(probe_of(fd), self._storage.size(name))
         return self._resident[name](begin, end)
 
