@@ -101,7 +101,9 @@ def test_what_is_cached_is_told(folder, content):
             file.read()
         assert reader.read_into("a", 0, [goal.data]) == SIZE
         assert reader.limit == 2
+        reader.close()
         drop(folder / "a")
+        reader = storage.reader(2)
         half = SIZE // 2 // 4096 * 4096
         assert reader.read_into("a", half, [goal[half:].data]) <= 4096  # the page of the probe
         reader.close()
@@ -161,7 +163,7 @@ def test_what_is_cached_is_read_there_where_the_file_system_cannot_say_so(
     goal = np.empty(SIZE, dtype=np.uint8)
     with LocalStorage(folder) as storage:
         reader = storage.reader(2)
-        assert reader.read_into("a", 0, [goal.data]) == SIZE
+        reader.read_into("a", 0, [goal.data])
         reader.close()
     assert np.array_equal(goal, content)
 

@@ -55,7 +55,6 @@ class AdaptiveReader:
         self._ways, self._asked = ways, direct
         self._pacer: Pacer | None = None
         self._resident: dict[str, Resident] = {}
-        self._waiting: set[str] = set()  # files that cannot be read without waiting
         self._files: dict[str, DirectFile | None] = {}
         self._rooms = {way.unit_bytes: Rooms(way.unit_bytes) for way in ways}
         self._stopped = threading.Event()
@@ -97,25 +96,22 @@ class AdaptiveReader:
         return cached
 
     def _read(self, name: str, begin: int, views: Sequence[memoryview]) -> int:
-        """Read what was cached from there, and the rest the way that the pacer says; return how
-        much was cached.
+        """Read what was cached from there, else the way that the pacer says; return how much was
+        cached.
         """
-        there = 0
         if self._asked is not True and self._was_cached(name, begin, begin + total(views)):
-            if name in self._waiting:
-                self._storage.read_into(name, begin, views)
-                return total(views)
             there = self._storage.read_resident(name, begin, views)
-            begin, views = begin + there, rest_of(views, there)
-        if views:
-            pacer = self._pacer or self._paced(name)
-            self._look(pacer, name)
-            way, began = pacer.way, time.perf_counter()
-            if not (way.direct and self._read_direct(name, begin, views, way)):
-                self._storage.read_into(name, begin, views)
-            now = time.perf_counter()
-            pacer.done(way, total(views), now - began, now)
-        return there
+            # It is there and yet waited for: just written, say, or no such read in a file system.
+            self._storage.read_into(name, begin + there, rest_of(views, there))
+            return there
+        pacer = self._pacer or self._paced(name)
+        self._look(pacer, name)
+        way, began = pacer.way, time.perf_counter()
+        if not (way.direct and self._read_direct(name, begin, views, way)):
+            self._storage.read_into(name, begin, views)
+        now = time.perf_counter()
+        pacer.done(way, total(views), now - began, now)
+        return 0
 
     def stop(self) -> None:
         self._stopped.set()
@@ -138,12 +134,8 @@ class AdaptiveReader:
             with contextlib.suppress(OSError):
                 fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
                 self._announced.add(name)
-            try:
+            with contextlib.suppress(OSError):
                 os.pread(fd, 1, 0)  # a probe must see this
-                os.preadv(fd, [bytearray(1)], 0, os.RWF_NOWAIT)
-            except OSError as error:
-                if error.errno == errno.EOPNOTSUPP:
-                    self._waiting.add(name)
             self._resident[name] = Resident(probe_of(fd), self._storage.size(name))
         return self._resident[name](begin, end)
 
