@@ -394,7 +394,7 @@ def test_a_cache_serves_the_second_load(s3, on_disk, access, folder, tmp_path):
     same_arrays(found, expected)
 
 
-@pytest.mark.parametrize(("delay", "threads"), [(0.0, {16}), (0.05, {32})])
+@pytest.mark.parametrize(("delay", "threads"), [(0.0, {8, 16}), (0.05, {32})])
 def test_a_store_that_is_far_away_is_asked_for_more_at_once(s3, stored, access, delay, threads):
     with proxy(s3.port, lambda _head, _number: time.sleep(delay)) as between:
         there = Access(timeout=10, options=access.options | {"endpoint": between.endpoint})
