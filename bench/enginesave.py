@@ -17,7 +17,7 @@ Rounds are interleaved, in rotating order; figures are medians. Prints one JSON 
 
 Run it where vLLM is installed:
 
-    python bench/enginesave.py [--rounds 3] [--work bench/out]
+    python bench/enginesave.py [--rounds 5] [--work bench/out]
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def contents(folder: Path) -> dict[tuple[int, str], tuple[object, ...]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--work", type=Path, default=Path("bench/out"))
     arguments = parser.parse_args()
     source, target = arguments.work / "llama-2.2GB", arguments.work / "enginesave"
