@@ -23,7 +23,7 @@ from shardstate.cli.main import run
 from shardstate.errors import InputError, PathNotFound, SetError, TargetBusy, UsageError
 from shardstate.storage import LocalStorage
 from shardstate.torch import save_model
-from test_signing import write_key, write_public
+from signers import write_key, write_public
 from test_verify import forge, reseal
 
 MANIFEST, SIGNATURE = "shardstate.json", "shardstate.json.sig"

@@ -25,34 +25,18 @@ from shardstate.manifest import seal
 from shardstate.signing import checking_key, parse_signature
 from shardstate.storage import LocalStorage
 from shardstate.torch import load_model
+from signers import PEM, write_key, write_pairs
 from test_verify import forge, reseal
 
 R0 = "model-rank-0-part-0.safetensors"
 NORM = "model.norm.weight"
-PEM, SSH = serialization.Encoding.PEM, serialization.Encoding.OpenSSH
-PLAIN = serialization.NoEncryption()
-
-
-def write_key(path, key, encoding=PEM, format_=serialization.PrivateFormat.PKCS8, how=PLAIN):
-    path.write_bytes(key.private_bytes(encoding, format_, how))
-    return path
-
-
-def write_public(path, key):
-    format_ = serialization.PublicFormat.SubjectPublicKeyInfo
-    path.write_bytes(key.public_key().public_bytes(PEM, format_))
-    return path
+SSH = serialization.Encoding.OpenSSH
 
 
 @pytest.fixture(scope="module")
 def keys(tmp_path_factory):
     """A directory with two keys: `own` and `other`, each with its public one."""
-    path = tmp_path_factory.mktemp("keys")
-    for seed, name in enumerate(("own", "other"), 1):
-        key = ed25519.Ed25519PrivateKey.from_private_bytes(bytes([seed] * 32))
-        write_key(path / name, key)
-        write_public(path / f"{name}.pub", key)
-    return path
+    return write_pairs(tmp_path_factory.mktemp("keys"))
 
 
 @pytest.fixture(scope="module")

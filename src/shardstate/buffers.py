@@ -57,23 +57,16 @@ class Rooms:
         self.nbytes = nbytes
         self._free: list[np.ndarray] = []
 
-    def take(self) -> np.ndarray:
-        try:
-            return self._free.pop()
-        except IndexError:
-            pass
-        memory = staging_buffer(max(self.nbytes, HUGE_BYTES))  # small ones are parts of a huge page
-        room, *others = memory[: len(memory) // self.nbytes * self.nbytes].reshape(-1, self.nbytes)
-        self._free += others
-        return room
-
-    def give(self, room: np.ndarray) -> None:
-        self._free.append(room)
-
     @contextlib.contextmanager
     def lent(self) -> Iterator[np.ndarray]:
-        room = self.take()
+        try:
+            room = self._free.pop()
+        except IndexError:
+            memory = staging_buffer(max(self.nbytes, HUGE_BYTES))  # small ones share a huge page
+            whole = len(memory) // self.nbytes * self.nbytes
+            room, *others = memory[:whole].reshape(-1, self.nbytes)
+            self._free += others
         try:
             yield room
         finally:
-            self.give(room)
+            self._free.append(room)

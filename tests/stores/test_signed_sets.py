@@ -4,7 +4,6 @@ import json
 import shutil
 
 import pytest
-from cryptography.hazmat.primitives.asymmetric import ed25519
 from test_commands import files, flags, objects, same_arrays, upload
 
 import shardstate
@@ -13,7 +12,7 @@ from shardstate.cli.main import run
 from shardstate.errors import DamageError, SetError, SignatureError, UsageError
 from shardstate.signing import checking_key
 from shardstate.storage import Access
-from test_signing import write_key, write_public
+from signers import write_pairs
 from test_verify import forge, reseal
 
 MANIFEST, SIGNATURE = "shardstate.json", "shardstate.json.sig"
@@ -25,12 +24,7 @@ NORM = "model.norm.weight"
 @pytest.fixture(scope="module")
 def keys(tmp_path_factory):
     """A directory with two keys: `own` and `other`, each with its public one."""
-    path = tmp_path_factory.mktemp("keys")
-    for name in ("own", "other"):
-        key = ed25519.Ed25519PrivateKey.generate()
-        write_key(path / name, key)
-        write_public(path / f"{name}.pub", key)
-    return path
+    return write_pairs(tmp_path_factory.mktemp("keys"))
 
 
 @pytest.fixture(scope="module")

@@ -22,6 +22,7 @@ from shardstate.errors import InputError
 from shardstate.names import OURS
 from shardstate.storage.base import Entry, PlainReader, Storage, Traits
 from shardstate.storage.oserrors import mapped_errors
+from shardstate.storage.views import total
 
 _log = logging.getLogger("shardstate")
 
@@ -184,7 +185,7 @@ class CachedStorage:
         return bytes(data)
 
     def read_into(self, name: str, begin: int, views: Sequence[memoryview]) -> None:
-        wanted = sum(view.nbytes for view in views)
+        wanted = total(views)
         key = self._key(name)
         if key is None or not wanted or begin + wanted > self.size(name):
             self._storage.read_into(name, begin, views)

@@ -16,6 +16,7 @@ from shardstate.errors import PathNotFound, StorageError
 from shardstate.storage.faults import diagnose, error_of
 from shardstate.storage.reading import ObjectReader
 from shardstate.storage.tries import Stopped
+from shardstate.storage.views import total
 
 _MEMORY_BYTES = 96 << 20  # for parts on their way, of all outputs together
 _SMALL_PART, _PART = 5 << 20, 8 << 20  # stores refuse smaller ones
@@ -107,7 +108,7 @@ class ObjectOutput:
         self._before: object = None  # identity of the object that is replaced
 
     def write(self, begin: int, views: Sequence[memoryview]) -> None:
-        size = sum(view.nbytes for view in views)
+        size = total(views)
         if not size:
             return
         with self._changed:
