@@ -1,5 +1,6 @@
 """What all tests share."""
 
+import logging
 import os
 import sys
 import tempfile
@@ -21,6 +22,14 @@ if not (Path(sys.executable).parent / "weed").exists():
 # Two busy cores make any deadline a coin toss.
 settings.register_profile("shardstate", deadline=None)
 settings.load_profile("shardstate")
+
+
+@pytest.fixture(autouse=True)
+def root_level():
+    """The command line sets the level of the root logger, for good: not for the next test."""
+    level = logging.root.level
+    yield
+    logging.root.setLevel(level)
 
 
 @pytest.fixture
