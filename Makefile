@@ -62,6 +62,7 @@ bench: $(BENCH_VENV)/.ready $(VLLM_VENV)/.ready
 bench-stores: $(VENV)/.stores
 	@$(BIN)/pip install -q runai-model-streamer-s3 boto3
 	@$(BIN)/python bench/stores.py
+	@$(BIN)/python bench/farstore.py
 
 clean:
 	rm -rf $(VENV) $(VLLM_VENV) $(BENCH_VENV) demo bench/out .fuzz

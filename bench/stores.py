@@ -3,7 +3,8 @@
 One server, SeaweedFS on loopback, that this starts and ends; rounds are interleaved, and their
 order rotates. Both loaders fill memory that was touched before, which is compared bit by bit with
 the files on disk. `raw` is parallel ranged GETs with the same client, obstore, into its own memory
-and nowhere else; the better of two shapes counts. Prints one JSON line; figures are GB/s of
+and nowhere else; the better of two shapes counts. `kept` is what a load cannot do without: the same
+GETs with If-Match, whose bytes are copied to their place. Prints one JSON line; figures are GB/s of
 medians.
 
     make bench-stores, or python bench/stores.py [--bytes 500000000] [--rounds 5]
@@ -20,7 +21,9 @@ import sys
 import tempfile
 import threading
 import time
+from itertools import accumulate
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "stores"))
 
@@ -35,18 +38,23 @@ from shardstate.plan import plan_identity
 from shardstate.storage import Access
 from shardstate.targets import MemoryTarget
 
+if TYPE_CHECKING:
+    from obstore import GetOptions
+
 BUCKET = "s3://bucket/model"
 RAW_SHAPES = ((8, 8 << 20), (16, 4 << 20))  # threads, bytes of a GET
 
 
-def ours(access: Access, memory: dict[str, np.ndarray]) -> tuple[float, float]:
+def ours(
+    access: Access, memory: dict[str, np.ndarray], address: str = BUCKET
+) -> tuple[float, float]:
     """Return the seconds of opening, planning and reading into `memory`, and of reading alone."""
     began = time.perf_counter()
-    with shardstate.open(BUCKET, access=access) as checkpoint:
+    with shardstate.open(address, access=access) as checkpoint:
         plan = plan_identity(checkpoint.rank_catalog(0))
         traits = checkpoint.storage.traits
         threads = traits.read_threads
-        reads = reads_of([plan], threads=threads, traits=traits)
+        reads = reads_of([plan], threads=threads, traits=traits, direct=True)
         opened = time.perf_counter()
         execute(
             reads,
@@ -74,15 +82,29 @@ def runai(names: list[str], memory: dict[str, np.ndarray]) -> float:
     return time.perf_counter() - began
 
 
-def raw(access: Access, sizes: dict[str, int], threads: int, step: int) -> float:
-    """Return the seconds of getting all bytes of all files."""
+def raw(
+    access: Access,
+    sizes: dict[str, int],
+    threads: int,
+    step: int,
+    kept: np.ndarray | None = None,
+    *,
+    address: str = BUCKET,
+) -> float:
+    """Return the seconds of getting all bytes of all files.
+
+    With `kept` every request names the version of its object, which a load must do, and what comes
+    is copied there, one file after the other.
+    """
     import obstore
 
     from shardstate.storage.clients import Limits, connect, parse_address
 
-    client = connect(parse_address(BUCKET), access.options, Limits(None, 60, 0))
+    client = connect(parse_address(address), access.options, Limits(None, 60, 0))
     work = [(n, b, min(b + step, size)) for n, size in sizes.items() for b in range(0, size, step)]
     lock = threading.Lock()
+    firsts = dict(zip(sizes, accumulate([0, *sizes.values()]), strict=False))
+    etags = {name: obstore.head(client, name)["e_tag"] for name in sizes if kept is not None}
 
     def run() -> None:
         while True:
@@ -90,7 +112,12 @@ def raw(access: Access, sizes: dict[str, int], threads: int, step: int) -> float
                 if not work:
                     return
                 name, begin, end = work.pop(0)
-            got = obstore.get_range(client, name, start=begin, end=end)
+            if kept is None:
+                got = obstore.get_range(client, name, start=begin, end=end)
+            else:
+                options: GetOptions = {"range": (begin, end), "if_match": etags[name]}
+                got = obstore.get(client, name, options=options).bytes()
+                kept[firsts[name] + begin : firsts[name] + end] = np.frombuffer(got, np.uint8)
             assert len(got) == end - begin
 
     began = time.perf_counter()
@@ -132,7 +159,10 @@ def main() -> None:
             }
             seconds: dict[str, list[float]] = {}
             identical = {"shardstate": True, "runai": True}
-            names = ["shardstate", "runai", *(f"raw {t} x {b >> 20} MiB" for t, b in RAW_SHAPES)]
+            shapes = {f"raw {t} x {b >> 20} MiB": (t, b) for t, b in RAW_SHAPES}
+            keeping = {f"{name}, If-Match, kept": shape for name, shape in shapes.items()}
+            names = ["shardstate", "runai", *shapes, *keeping]
+            kept = np.ones(nbytes, dtype=np.uint8)
             for number in range(arguments.rounds + 1):
                 turn = number % len(names)
                 for name in names[turn:] + names[:turn]:
@@ -144,8 +174,10 @@ def main() -> None:
                             seconds.setdefault("reading alone", []).append(reading)
                     elif name == "runai":
                         took = runai(list(sizes), memory)
+                    elif name in keeping:
+                        took = raw(access, sizes, *keeping[name], kept)
                     else:
-                        took = raw(access, sizes, *RAW_SHAPES[names.index(name) - 2])
+                        took = raw(access, sizes, *shapes[name])
                     if name in identical:
                         identical[name] &= all(
                             np.array_equal(memory[each], expected[each]) for each in expected
@@ -153,7 +185,8 @@ def main() -> None:
                     if number:  # the first round warms up
                         seconds.setdefault(name, []).append(took)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
-    best_raw = min(value for name, value in medians.items() if name.startswith("raw"))
+    best_raw = min(medians[name] for name in shapes)
+    best_kept = min(medians[name] for name in keeping)
     print(
         json.dumps(
             {
@@ -165,6 +198,7 @@ def main() -> None:
                 "times_runai": round(medians["runai"] / medians["shardstate"], 2),
                 "times_raw": round(best_raw / medians["shardstate"], 2),
                 "reading_times_raw": round(best_raw / medians["reading alone"], 2),
+                "reading_times_kept": round(best_kept / medians["reading alone"], 2),
                 "identical": identical,
                 "machine": f"{os.cpu_count()} cores, {platform.machine()}",
             }

@@ -30,6 +30,7 @@ def reads_of(
     piece: int = BLOCK_BYTES,
     read: int = 2 * BLOCK_BYTES,
     gap: int = 0,
+    direct: int = 0,
     in_dest_order: bool = False,
     wanted: Sequence[frozenset[int]] | None = None,
 ) -> list[Read]:
@@ -39,6 +40,7 @@ def reads_of(
         piece_bytes=piece,
         read_bytes=read,
         max_gap_bytes=gap,
+        direct_bytes=direct,
         wanted=wanted,
     )
 
@@ -118,16 +120,25 @@ def test_reads_make_what_the_plans_say(
     assert every_byte_once(plans) == count
 
 
-@given(worlds, limits, st.booleans(), st.data())
+@given(worlds, limits, st.booleans(), st.integers(0, 4), st.data())
 def test_pieces_and_reads_keep_their_limits(
-    world: int, limit: tuple[int, int, int], in_dest_order: bool, data: st.DataObject
+    world: int,
+    limit: tuple[int, int, int],
+    in_dest_order: bool,
+    longer: int,
+    data: st.DataObject,
 ) -> None:
     tensors, kinds = data.draw(shared_tensors(world))
     catalog, _ = catalog_in_memory(tensors, files=2)
     plans = plans_of(catalog, kinds, world)
     size, factor, gap = limit
     for read in reads_of(
-        plans, piece=size, read=size * factor, gap=gap, in_dest_order=in_dest_order
+        plans,
+        piece=size,
+        read=size * factor,
+        gap=gap,
+        direct=longer * size,
+        in_dest_order=in_dest_order,
     ):
         for piece in read.pieces:
             assert piece.nbytes <= size
@@ -143,7 +154,18 @@ def test_pieces_and_reads_keep_their_limits(
         for piece in read.pieces:
             overlapping |= piece.begin < end
             end = max(end, piece.end)
-        assert read.nbytes <= size * factor or overlapping
+        direct = all(piece.direct_run is not None for piece in read.pieces)
+        assert read.nbytes <= size * max(factor, longer if direct else 0) or overlapping
+
+
+def test_what_goes_straight_into_its_destination_is_read_in_longer_reads() -> None:
+    catalog, _ = catalog_in_memory([("a", "U8", (64, 16))])
+    (whole,) = plans_of(catalog, [Replicate()], 1)
+    (columns, _) = plans_of(catalog, [Split(1)], 2)
+    longer = {"piece": 128, "read": 128, "direct": 512}
+    assert [read.nbytes for read in reads_of([whole], **longer)] == [512, 512]
+    assert [read.nbytes for read in reads_of([whole], **longer | {"direct": 0})] == [128] * 8
+    assert max(read.nbytes for read in reads_of([columns], gap=8, **longer)) <= 128
 
 
 @given(worlds, limits, st.data())

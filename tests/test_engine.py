@@ -13,7 +13,7 @@ from shardstate.api import planning
 from shardstate.catalog import Tensors, catalog_of
 from shardstate.coalesce import plan_reads
 from shardstate.digest import BLOCK_BYTES
-from shardstate.engine import execute
+from shardstate.engine import STAGING_BYTES, execute
 from shardstate.errors import OutOfMemory, StorageError, TruncatedFile
 from shardstate.header import PREFIX_BYTES, Header, parse_header, serialise_header
 from shardstate.layout import Move, Region
@@ -203,7 +203,7 @@ def test_memory_keeps_to_its_budget_with_any_number_of_threads(threads):
     )
     assert len(tensors) == len(catalog)
     reads = planning.reads_of([plan_identity(catalog)], threads=threads)
-    assert 4 * threads * max(read.nbytes for read in reads) <= planning.MEMORY_BYTES
+    assert threads * max(read.nbytes for read in reads) <= STAGING_BYTES
 
 
 class SlowStorage(BufferedStorage):

@@ -6,14 +6,16 @@ Only headers and small JSON files are read. What is asked for later is checked w
 from __future__ import annotations
 
 import json
+import threading
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import islice
+from typing import Any, TypeVar
 
 from shardstate.catalog import INDEX_NAME, Catalog, catalog_of, parse_index
-from shardstate.digest import block_count, digest_of, fingerprint, sample_ranges
+from shardstate.digest import SAMPLES, block_count, digest_of, fingerprint, sample_ranges
 from shardstate.errors import (
     CatalogError,
     ChangedFile,
@@ -48,7 +50,11 @@ from shardstate.storage import Entry, Storage
 
 _MAX_CONFIG_BYTES = 16 << 20
 _MAX_INDEX_BYTES = 64 << 20  # 36,945 tensors take 4 MB
+_USUAL_HEADER_BYTES = 64 << 10  # read at once, since few are longer, and a request costs more
 _PICKLES = (".bin", ".pt", ".pth", ".gguf", ".h5")
+
+_Item = TypeVar("_Item")
+_Made = TypeVar("_Made")
 
 
 @dataclass
@@ -67,6 +73,7 @@ class Checkpoint:
     seen: Mapping[str, Entry] = field(default_factory=dict)  # what was there when it was opened
     _records: dict[int, tuple[Record, bytes]] = field(default_factory=dict)
     _catalogs: dict[int, Catalog] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
     def location(self) -> str:
@@ -157,9 +164,14 @@ class Checkpoint:
                 refuse_unlisted(name, header)
             return catalog_of(files, weight_map=None)
         record = self.record(rank)
+        headers = for_each(
+            self.storage,
+            lambda part: self.part_header(record.files[part], record, part),
+            range(len(record.files)),
+        )
         files = [
-            (entry.name, entry.bytes, self.part_header(entry, record, part))
-            for part, entry in enumerate(record.files)
+            (entry.name, entry.bytes, header)
+            for entry, header in zip(record.files, headers, strict=True)
         ]
         catalog = catalog_of(files, weight_map=None)
         _check_padding(record, catalog)
@@ -211,7 +223,8 @@ class Checkpoint:
     def header(self, name: str) -> tuple[int, Header, bytes]:
         """Return size, header and the header's bytes (prefix included) of a safetensors file."""
         size, header, raw = read_header(self.storage, name)
-        self.bytes_meta += len(raw)
+        with self._lock:
+            self.bytes_meta += len(raw)
         return size, header, raw
 
     def config(self) -> dict[str, Any] | None:
@@ -240,19 +253,25 @@ class Checkpoint:
         """Return the fingerprint of an ordinary checkpoint."""
         assert self.catalog is not None
 
-        def files() -> Iterator[tuple[str, int, bytes, Iterator[bytes]]]:
-            assert self.catalog is not None
-            for name in self.catalog.files:
-                size, raw = read_header_bytes(self.storage, name)
-                yield name, size, raw, self._samples(name, len(raw), size)
+        def header(name: str) -> tuple[str, int, bytes]:
+            return (name, *read_header_bytes(self.storage, name))
 
-        return fingerprint(self.config_bytes(), files())
+        def sample(place: tuple[str, int, int]) -> bytes:
+            name, begin, end = place
+            data = bytearray(end - begin)
+            self.storage.read_into(name, begin, [memoryview(data)])
+            return bytes(data)
 
-    def _samples(self, name: str, data_begin: int, size: int) -> Iterator[bytes]:
-        for begin, end in sample_ranges(data_begin, size):
-            sample = bytearray(end - begin)
-            self.storage.read_into(name, begin, [memoryview(sample)])
-            yield bytes(sample)
+        headers = for_each(self.storage, header, self.catalog.files)
+        places = [
+            (name, begin, end)
+            for name, size, raw in headers
+            for begin, end in sample_ranges(len(raw), size)
+        ]
+        samples = iter(for_each(self.storage, sample, places))
+        return fingerprint(
+            self.config_bytes(), ((*each, list(islice(samples, SAMPLES))) for each in headers)
+        )
 
 
 def check_unchanged(storage: Storage, seen: Mapping[str, Entry], files: Iterable[str]) -> None:
@@ -308,12 +327,22 @@ def mark_of(header: Header) -> str | None:
 def read_header_bytes(storage: Storage, name: str) -> tuple[int, bytes]:
     """Return a file's size and its header with the length prefix."""
     size = storage.size(name)
-    prefix = bytearray(min(PREFIX_BYTES, size))
-    storage.read_into(name, 0, [memoryview(prefix)])
-    length = header_length(bytes(prefix), file=name, file_bytes=size)
-    raw = bytearray(length)
-    storage.read_into(name, PREFIX_BYTES, [memoryview(raw)])
-    return size, bytes(prefix + raw)
+    first = bytearray(min(_USUAL_HEADER_BYTES, size))
+    storage.read_into(name, 0, [memoryview(first)])
+    length = header_length(bytes(first[:PREFIX_BYTES]), file=name, file_bytes=size)
+    rest = bytearray(max(0, PREFIX_BYTES + length - len(first)))
+    storage.read_into(name, len(first), [memoryview(rest)])
+    return size, bytes(first[: PREFIX_BYTES + length] + rest)
+
+
+def for_each(
+    storage: Storage, work: Callable[[_Item], _Made], items: Sequence[_Item]
+) -> list[_Made]:
+    """Return `work(item)` for each, in their order: many at once where each waits for a store."""
+    if not storage.traits.remote or len(items) < 2:
+        return [work(item) for item in items]
+    with ThreadPoolExecutor(min(len(items), storage.traits.read_threads)) as pool:
+        return list(pool.map(work, items))
 
 
 def open_checkpoint(storage: Storage, *, pattern: str | None) -> Checkpoint:
@@ -467,10 +496,7 @@ def ordinary_headers(storage: Storage, names: Sequence[str]) -> list[tuple[str, 
         refuse_unlisted(name, header)
         return name, size, header
 
-    if not storage.traits.remote or len(names) < 2:
-        return [one(name) for name in names]
-    with ThreadPoolExecutor(min(len(names), storage.traits.read_threads)) as pool:
-        return list(pool.map(one, names))
+    return for_each(storage, one, names)
 
 
 def _open_vllm(storage: Storage, unmarked: Unmarked) -> Checkpoint:

@@ -105,6 +105,19 @@ class Piece(NamedTuple):
         return self.move.dest * width, (self.move.dest + size) * width
 
     @property
+    def direct_run(self) -> tuple[int, int] | None:
+        """The [begin, end) bytes of the tensor that it can be read straight into, if there are."""
+        size = 1
+        if self.move.loops:
+            (size, source, dest), *inner = self.move.loops
+            if inner or source != 1 or dest != 1:
+                return None
+        if self.value is not None or self.source_dtype != self.dest_dtype:
+            return None
+        width = DTYPES[self.dest_dtype].itemsize
+        return self.move.dest * width, (self.move.dest + size) * width
+
+    @property
     def dest_span(self) -> tuple[int, int]:
         """The bytes of the tensor from the first to the last that it fills, as [begin, end)."""
         width = DTYPES[self.dest_dtype].itemsize
@@ -156,6 +169,7 @@ def plan_reads(
     piece_bytes: int,
     read_bytes: int,
     max_gap_bytes: int,
+    direct_bytes: int = 0,
     wanted: Sequence[frozenset[int]] | None = None,
     assembly_bytes: int = ASSEMBLY_BYTES,
 ) -> list[Read]:
@@ -163,10 +177,11 @@ def plan_reads(
 
     `in_dest_order`: by destination tensor, all plans in step, so that each output is one sequential
     stream; otherwise by file and offset. `wanted` limits each plan to some rows of its tensors.
-    A read has at most `read_bytes`, and two pieces more where those overlap in the file. Gaps of up
-    to `max_gap_bytes` are read over, the smallest first, as far as `OVERREAD` allows. A segment has
-    at most an equal share of `assembly_bytes` for each plan: where that is less than a transpose
-    needs, the same bytes are read again for each segment.
+    A read has at most `read_bytes`, and two pieces more where those overlap in the file; up to
+    `direct_bytes`, if that is more, where all of it can go straight into its destination. Gaps of
+    up to `max_gap_bytes` are read over, the smallest first, as far as `OVERREAD` allows. A segment
+    has at most an equal share of `assembly_bytes` for each plan: where that is less than a
+    transpose needs, the same bytes are read again for each segment.
     """
     names = sorted({name for plan in plans for name in plan.catalog.files})
     number_of = {name: i for i, name in enumerate(names)}
@@ -191,20 +206,24 @@ def plan_reads(
     bridged = _bridged_gaps(pieces, spans, files, max_gap_bytes)
     reads: list[Read] = []
     most = read_bytes + 2 * piece_bytes
+    longer = direct_bytes > read_bytes
     start, begin, end = 0, 0, 0
+    direct = False  # whether all of the read so far can go straight into its destination
     for i, (a, b) in enumerate(spans):
+        also = longer and pieces[i].direct_run is not None
+        limit = direct_bytes if direct and also else read_bytes
         if i > start and (
             files[i] != files[start]
             or files[i] < 0
             or a < begin
             or (a > end and i not in bridged)
-            or max(b, end) - begin > (read_bytes if a >= end else most)
+            or max(b, end) - begin > (limit if a >= end else most)
         ):
             reads.append(_read(names, files[start], begin, end, pieces[start:i]))
             start = i
         if i == start:
-            begin, end = a, b
-        end = max(end, b)
+            begin, end, direct = a, b, also
+        end, direct = max(end, b), direct and also
     if spans:
         reads.append(_read(names, files[start], begin, end, pieces[start:]))
     return reads

@@ -1,9 +1,9 @@
 """Executes reads: the only threads of the library, bounded memory, progress, counters.
 
-Every worker takes the next read, fetches its bytes into staging memory of its own (or straight into
-the destination) and hands them to the target, which moves, hashes and writes them in the same
-thread. With a few workers these overlap, and memory is workers × one read. How many of them work is
-the choice of the storage's reader, who may change it at any time; the others wait.
+Every worker takes the next read, fetches its bytes into staging memory (or straight into the
+destination) and hands them to the target, which moves, hashes and writes them in the same thread.
+With a few workers these overlap. How many of them work is the choice of the storage's reader, who
+may change it at any time, as far as `STAGING_BYTES` allow; the others wait.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -23,6 +24,10 @@ from shardstate.meter import MemoryMeter
 from shardstate.storage import Reader, Storage
 from shardstate.targets import Target
 
+MEMORY_BYTES = 256 << 20  # beyond the destination, for all threads together
+# What is read and does not go straight into its destination: as much again is there when it is put
+# in order, cast, or grows by a cast.
+STAGING_BYTES = MEMORY_BYTES // 4
 _TICK_SECONDS = 0.02  # how often memory is sampled
 _PROGRESS_SECONDS = 0.1  # between two calls of `progress`
 
@@ -39,11 +44,22 @@ class Counters:
     peak_extra_bytes: int
 
 
+class _Turn(NamedTuple):
+    """A read that a worker has taken, and the memory that its bytes go to."""
+
+    read: Read
+    views: Sequence[memoryview] | None  # the destination; None: it must be staged
+    room: np.ndarray | None  # staging memory of an earlier read
+
+
 class _Run:
     """State that the workers of one execution share."""
 
-    def __init__(self, reads: Sequence[Read], reader: Reader, *, fills_memory: bool) -> None:
-        self.reads, self.reader, self.fills_memory = reads, reader, fills_memory
+    def __init__(
+        self, reads: Sequence[Read], reader: Reader, target: Target, *, fills_memory: bool
+    ) -> None:
+        self.reads, self.reader, self.target = reads, reader, target
+        self.fills_memory = fills_memory
         self.lock = threading.Lock()
         self.free = threading.Condition(self.lock)  # a worker ended its read
         self.busy = 0  # workers that carry out a read
@@ -60,22 +76,31 @@ class _Run:
         self.bytes_cached = 0
         self.requests = 0
         self.touched = 0  # bytes of destination memory that were filled for the first time
+        self.held = 0  # bytes of staging memory that reads in flight fill
+        self.spare: list[np.ndarray] = []  # staging memory for the next ones
 
-    def take(self) -> Read | None:
+    def take(self) -> _Turn | None:
         """Return the next read once there is room for one more in flight; None: no more."""
         with self.free:
-            while (
-                not self.stopped.is_set()
-                and self.next < len(self.reads)
-                and self.busy >= self.reader.limit
-            ):
+            while not self.stopped.is_set() and self.next < len(self.reads):
+                read = self.reads[self.next]
+                views: Sequence[memoryview] | None = ()
+                if read.file is not None:
+                    views = _direct_views(read, self.target)
+                # Staging memory goes to reads in their order: later ones may wait for earlier ones.
+                staged = read.nbytes if views is None else 0
+                fits = not self.held or self.held + staged <= STAGING_BYTES
+                if self.busy < self.reader.limit and (fits or not staged):
+                    break
                 self.waiting += 1
                 self.free.wait()
                 self.waiting -= 1
-            if self.stopped.is_set() or self.next == len(self.reads):
+            else:
                 return None
             self.next += 1
             self.busy += 1
+            self.held += staged
+            room = self.spare.pop() if staged and self.spare else None
             if self.next == len(self.reads):
                 self.free.notify_all()  # nothing is left for those who wait
             elif self.busy < self.reader.limit:
@@ -84,16 +109,20 @@ class _Run:
                     self.free.notify()
                 else:
                     self.alert.set()
-            return self.reads[self.next - 1]
+        return _Turn(read, views, room)
 
-    def done(self, read: Read, cached: int) -> None:
-        """Count a read that was carried out, and let another one begin."""
+    def done(self, read: Read, room: np.ndarray | None, cached: int) -> None:
+        """Count a read that was carried out, and let another one begin, perhaps in its `room`."""
         touched = sum(piece.nbytes for piece in read.pieces) if self.fills_memory else 0
         with self.free:
             self.bytes_read += read.nbytes
             self.bytes_cached += cached
             self.requests += read.file is not None
             self.touched += touched
+            if room is not None:
+                self.held -= read.nbytes
+                if self.held + sum(map(len, self.spare)) < STAGING_BYTES:
+                    self.spare.append(room)
             # Nobody is woken for this place: whoever leaves it comes back for it at once, and a
             # thread that wakes up for nothing takes the processor from one that copies.
             self.busy -= 1
@@ -140,14 +169,14 @@ def execute(
     grows by the bytes delivered; they do not count as extra. Ctrl-C stops all workers before it is
     raised.
     """
-    reader = storage.reader(threads)
-    run = _Run(reads, reader, fills_memory=fills_memory)
     total = sum(read.nbytes for read in reads)
     expected: Counter[str] = Counter()
     for read in reads:
         if read.file is not None:
             expected[read.file] += read.nbytes
     storage.expect(expected)
+    reader = storage.reader(threads)
+    run = _Run(reads, reader, target, fills_memory=fills_memory)
     workers: list[threading.Thread] = []
     meter = MemoryMeter()
     try:
@@ -191,37 +220,37 @@ def execute(
 
 def _work(run: _Run, storage: Storage, target: Target) -> None:
     """Carry out reads until there are none, or until another worker failed."""
-    staging: np.ndarray | None = None
-    read: Read | None = None
+    turn: _Turn | None = None
     try:
-        while (read := run.take()) is not None:
+        while (turn := run.take()) is not None:
+            read, views, room = turn
             staged, cached = None, 0
+            if views is None:
+                # As far from a page as in the file: what O_DIRECT wants, without a copy.
+                first = read.begin % PAGE_BYTES
+                if room is None or len(room) < first + read.nbytes:
+                    room = staging_buffer(PAGE_BYTES + read.nbytes)
+                staged = room[first : first + read.nbytes]
+                views = [staged.data]
             if read.file is not None:
-                views = _direct_views(read, target)
-                if views is None:
-                    # As far from a page as in the file: what O_DIRECT wants, without a copy.
-                    first = read.begin % PAGE_BYTES
-                    if staging is None or len(staging) < first + read.nbytes:
-                        staging = staging_buffer(PAGE_BYTES + read.nbytes)
-                    staged = staging[first : first + read.nbytes]
-                    views = [staged.data]
                 cached = run.reader.read_into(read.file, read.begin, views)
             if run.stopped.is_set():
                 return
             target.accept(read, staged)
-            run.done(read, cached)
+            run.done(read, room, cached)
     except BaseException as error:
-        run.stop(_named(error, read, storage) if isinstance(error, MemoryError) else error)
+        run.stop(_named(error, turn, storage) if isinstance(error, MemoryError) else error)
         target.stop()
         run.reader.stop()
     finally:
         run.leave()
 
 
-def _named(error: MemoryError, read: Read | None, storage: Storage) -> MemoryError:
+def _named(error: MemoryError, turn: _Turn | None, storage: Storage) -> MemoryError:
     """Say of a MemoryError where it struck; whoever knows what was to be had may say more."""
-    if isinstance(error, OutOfMemory) or read is None:
+    if isinstance(error, OutOfMemory) or turn is None:
         return error
+    read = turn.read
     what = "values of the plan" if read.file is None else f"bytes {read.begin} to {read.end}"
     name = storage.location if read.file is None else f"{storage.location}/{read.file}"
     named = OutOfMemory(

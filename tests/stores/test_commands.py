@@ -13,7 +13,7 @@ import shardstate
 from checkpoints import flip_bit, tree, write_llama
 from shardstate.cli.main import run
 from shardstate.errors import DamageError, InputError, StorageError, TargetError
-from shardstate.storage import Access
+from shardstate.storage import Access, Reading
 
 BIG = {"heads": 16, "kv_heads": 4, "head_dim": 32, "inner": 2048, "vocab": 8192, "layers": 2}
 
@@ -392,6 +392,46 @@ def test_a_cache_serves_the_second_load(s3, on_disk, access, folder, tmp_path):
         found = shardstate.load(url, rank=0, verify=True, access=there)
         assert between.body_bytes < 64 << 10  # the listing
     same_arrays(found, expected)
+
+
+def test_opening_a_rank_asks_once_for_each_file(s3, source, access, folder, tmp_path):
+    shardstate.shard(source, tmp_path / "set", tp=1, max_part_size="5MB")
+    upload(s3, tmp_path / "set", folder)
+    with proxy(s3.port) as between:
+        there = Access(timeout=10, options=access.options | {"endpoint": between.endpoint})
+        with shardstate.open(f"s3://bucket/{folder}", access=there) as checkpoint:
+            parts = checkpoint.rank_catalog(0).files
+        assert len(parts) > 3
+        assert len(between.requests) == len(["the listing", "manifest", "record", *parts])
+
+
+def test_the_caller_decides_how_a_store_is_asked(s3, on_disk, access, folder):
+    upload(s3, on_disk, folder)
+    with proxy(s3.port) as between:
+        options = access.options | {"endpoint": between.endpoint}
+        there = Access(options=options, reading=Reading(threads=2, chunk_bytes=64 << 10))
+        found = shardstate.load(f"s3://bucket/{folder}", rank=1, access=there)
+        nbytes = sum(array.nbytes for array in found.values())
+        assert nbytes / (64 << 10) <= len(between.requests) < 2 * nbytes / (64 << 10)
+    same_arrays(found, shardstate.load(on_disk, rank=1))
+
+
+def test_bench_measures_a_store(s3, on_disk, access, folder, capsys, tmp_path):
+    upload(s3, on_disk, folder)
+    picture = tmp_path / "bench.svg"
+    more = ["--rounds", "2", "--plot", str(picture), *flags(access)]
+    assert run(["bench", f"s3://bucket/{folder}", *more, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    names = [each["name"] for each in report["measured"]]
+    assert names[0] == "shardstate"
+    assert "raw requests 8 × 8 MiB" in names
+    assert {each["state"] for each in report["measured"]} == {"remote"}
+    assert report["notes"][0].startswith("remote: ")
+    assert "raw requests" in picture.read_text()
+    assert run(["bench", f"s3://bucket/{folder}", *more]) == 0
+    assert "of the best raw setting here" in capsys.readouterr().out
+    assert run(["bench", f"s3://bucket/{folder}", *more, "--cache", str(tmp_path / "c")]) == 2
+    assert "leave the cache out" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("delay", "threads"), [(0.0, {8, 16}), (0.05, {32})])

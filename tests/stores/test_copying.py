@@ -10,7 +10,7 @@ from test_commands import files, objects, upload
 
 import shardstate
 from checkpoints import tree, write_llama
-from shardstate.api.planning import MEMORY_BYTES
+from shardstate.engine import MEMORY_BYTES
 from shardstate.errors import DigestError
 from shardstate.storage import Access
 

@@ -1,5 +1,6 @@
 """Hub ids, through huggingface_hub itself, against its routes on loopback."""
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -12,7 +13,8 @@ import shardstate
 from checkpoints import tree, write_llama
 from shardstate.cli.main import run
 from shardstate.errors import PathNotFound, StorageError, Unreachable, UsageError
-from shardstate.storage import Access, storage_at
+from shardstate.storage import Access, LocalStorage, storage_at
+from shardstate.storage.adaptive import AdaptiveReader
 
 SIZES = {"heads": 8, "kv_heads": 4, "head_dim": 16, "inner": 512, "vocab": 4096, "layers": 2}
 QUICK = Access(timeout=3)
@@ -98,6 +100,20 @@ def test_the_local_cache_comes_first_and_serves_offline(hub, on_disk, monkeypatc
         shardstate.load("org/llama-tp4", rank=1, access=QUICK)
     with pytest.raises(Unreachable, match="HF_HUB_OFFLINE"):
         shardstate.load("org/llama", rank=0, tp=2, access=QUICK)
+
+
+def test_what_the_local_cache_has_is_read_as_a_local_disk_is(hub, on_disk, capsys):
+    with contextlib.closing(storage_at("org/llama-tp4", QUICK)) as storage:
+        assert storage.traits.remote
+        for name in storage.entries():
+            storage.fetched([name])
+        assert storage.traits == LocalStorage.traits
+        storage.expect({"model-rank-2-part-0.safetensors": 1})
+        assert isinstance(storage.reader(2), AdaptiveReader)
+    assert run(["bench", "org/llama-tp4", "--rounds", "1", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert "measured where the hub's cache has it" in report["notes"][0]
+    assert {each["state"] for each in report["measured"]} >= {"warm"}
 
 
 def test_a_hub_that_is_gone_leaves_the_local_cache_and_says_so(hub, caplog):

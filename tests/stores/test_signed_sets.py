@@ -111,6 +111,18 @@ class TestSigning:
         assert files(tmp_path / "back") == files(sound)
         assert problems(f"{url}-copy", key=keys / "own.pub", access=access) == []
 
+    @pytest.mark.parametrize("store", ["az", "gs"])
+    def test_on_other_stores(self, unsigned, keys, azure, google, folder, store):
+        token = {"base_url": google.endpoint, "bearer_token": "of the tests"}
+        bucket, options = ("bucket", azure.options) if store == "az" else ("open", token)
+        there, url = Access(timeout=10, options=options), f"{store}://{bucket}/{folder}"
+        shardstate.copy(unsigned, url, access=there)
+        shardstate.sign(url, key=keys / "own", access=there)
+        assert problems(url, key=keys / "own.pub", full=True, access=there) == []
+        assert problems(url, key=keys / "other.pub", access=there) == [("digest", SIGNATURE)]
+        found = shardstate.load(url, rank=1, key=keys / "own.pub", access=there)
+        same_arrays(found, shardstate.load(unsigned, rank=1))
+
     def test_replacing_a_signed_set_removes_the_signature(self, url, source, keys, access):
         shardstate.shard(source, url, tp=4, force=True, access=access)
         assert problems(url, key=keys / "own.pub", access=access) == [("missing", SIGNATURE)]

@@ -8,6 +8,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from shardstate.plan import Plan, plan_identity
 from shardstate.plot import Bar, bars_svg
 from shardstate.raw import Setting, Span, drop, read_spans, resident, room_for, touched
 from shardstate.report import Phases, Report
-from shardstate.storage import Access
+from shardstate.storage import Access, Storage, fetched
 from shardstate.storage.oserrors import mapped_errors
 from shardstate.targets import MemoryTarget
 
@@ -42,6 +43,7 @@ _RAW = {
         Setting(8, 4 * _MIB, False),
     ),
 }
+_REQUESTS, _REQUEST_BYTES = (4, 8, 16, 32, 64), 8 * _MIB
 _COLD = 0.01  # so much may stay in the page cache where reading counts as cold
 _ALIGN = 64  # of tensors in memory, as torch allocates them
 
@@ -61,49 +63,60 @@ def bench(
     """Measure how fast the tensors at `path` come into memory that was touched before.
 
     This engine, safetensors (where it and torch are installed) and raw reads of the same bytes take
-    turns, warm and cold; cold only where the page cache lets go of the files. `measured` has the
-    figures, `notes` the verdict. Up to `max_size` bytes are read; `plot` is a picture to write.
+    turns, warm and cold; cold only where the page cache lets go of the files. At a store, raw reads
+    are ranged requests of the same client, and there is no peer. A hub's files are fetched first,
+    and measured in its cache. `measured` has the figures, `notes` the verdict. Each way reads up to
+    `max_size` bytes in each round; `plot` is a picture to write.
     """
     if rounds < 1:
         raise UsageError(f"rounds is {rounds}, expected 1 or more")
+    if access is not None and access.cache is not None:
+        raise UsageError("bench measures what a store gives; leave the cache out")
     phases = Phases()
+    notes: list[str] = []
     with open_path(path, access=access) as checkpoint:
         with phases("open"):
-            if checkpoint.storage.traits.remote:
-                raise UsageError(
-                    f"{checkpoint.location}: bench measures local disks; bring it here first, or "
-                    f"time a load of it"
-                )
             report = describe_checkpoint(checkpoint)
             plans = _chosen(checkpoint, parse_size(max_size))
-            spans = _spans(checkpoint.location, plans)
+            storage = _measured(checkpoint.storage, plans, notes)
+            remote = storage.traits.remote
+            spans = _spans("" if remote else storage.location, plans)
             report.bytes = sum(s.end - s.begin for s in spans)
             report.tensors = sum(len(plan) for plan in plans)
             report.files = len({span.path for span in spans})
-            ours, size = _engine(
-                checkpoint, plans, threads or checkpoint.storage.traits.read_threads
-            )
+            ours, size = _engine(storage, plans, threads or storage.traits.read_threads)
             memory = touched(max(size, room_for(spans)))
         measured: list[Mapping[str, Any]] = []
-        notes: list[str] = []
-        peer = _peer(notes)
-        for done, state in enumerate(("warm", "cold"), 1):
+        peer = None if remote else _peer(notes)
+        states = ("remote",) if remote else ("warm", "cold")
+        for done, state in enumerate(states, 1):
             with phases(state):
                 ways: dict[str, Way] = {"shardstate": partial(ours, memory)}
                 if peer is not None:
                     ways["safetensors"] = partial(peer, spans, _names(plans), memory)
-                for setting in _RAW[state]:
+                for setting in _RAW.get(state, ()):
                     ways[f"raw {setting}"] = partial(read_spans, spans, setting, memory)
+                for count in _REQUESTS if remote else ():
+                    name = f"raw requests {count} × {_REQUEST_BYTES // _MIB} MiB"
+                    ways[name] = partial(_request, storage, spans, count, memory)
                 figures = _rounds(state, ways, spans, rounds, notes)
                 measured += figures
                 notes += _verdict(state, figures)
             if progress is not None:
-                progress(done, 2)
+                progress(done, len(states))
         report.measured = tuple(measured)
         report.notes = tuple(notes)
         if plot is not None:
             _draw(plot, measured)
     return phases.finish(report, main=None)
+
+
+def _measured(storage: Storage, plans: Sequence[Plan], notes: list[str]) -> Storage:
+    """Return the storage whose speed counts: of a hub, its cache, with the files in it."""
+    found = fetched(storage, {tensor.file for plan in plans for tensor in plan.catalog})
+    if found is not storage:
+        notes.append(f"measured where the hub's cache has it: {found.location}")
+    return found
 
 
 def _chosen(checkpoint: Checkpoint, limit: int) -> list[Plan]:
@@ -159,7 +172,7 @@ def _spans(location: str, plans: Sequence[Plan]) -> list[Span]:
 
 
 def _engine(
-    checkpoint: Checkpoint, plans: Sequence[Plan], threads: int
+    storage: Storage, plans: Sequence[Plan], threads: int
 ) -> tuple[Callable[[np.ndarray], float], int]:
     """Return what reads everything with our engine, and how much memory that fills."""
     begins: list[int] = []
@@ -168,8 +181,8 @@ def _engine(
         for row in range(len(plan.tensors)):
             begins.append(size)
             size += -(-plan.tensors.nbytes(row) // _ALIGN) * _ALIGN
-    traits = checkpoint.storage.traits
-    reads = [reads_of([plan], threads=threads, traits=traits) for plan in plans]
+    traits = storage.traits
+    reads = [reads_of([plan], threads=threads, traits=traits, direct=True) for plan in plans]
 
     def read(memory: np.ndarray) -> float:
         at, seconds = iter(begins), 0.0
@@ -181,7 +194,7 @@ def _engine(
             began = time.perf_counter()
             execute(
                 own,
-                storage=checkpoint.storage,
+                storage=storage,
                 target=MemoryTarget(goals, digests=None),
                 threads=threads,
                 progress=None,
@@ -191,6 +204,22 @@ def _engine(
         return seconds
 
     return read, size
+
+
+def _request(storage: Storage, spans: Sequence[Span], count: int, memory: np.ndarray) -> float:
+    """Ask a store for all of `spans`, with so many requests in flight; return the seconds."""
+    requests = []
+    at = 0
+    for span in spans:
+        for begin in range(span.begin, span.end, _REQUEST_BYTES):
+            size = min(_REQUEST_BYTES, span.end - begin)
+            requests.append((span.path, begin, [memory[at : at + size].data]))
+            at += size
+    began = time.perf_counter()
+    with ThreadPoolExecutor(count) as pool:
+        for _ in pool.map(lambda request: storage.read_into(*request), requests):
+            pass
+    return time.perf_counter() - began
 
 
 def _peer(notes: list[str]) -> Callable[[Sequence[Span], frozenset[str], np.ndarray], float] | None:
@@ -274,7 +303,7 @@ def _verdict(state: str, figures: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _draw(plot: str | os.PathLike[str], measured: Sequence[Mapping[str, Any]]) -> None:
     groups = []
-    for state in ("warm", "cold"):
+    for state in ("warm", "cold", "remote"):
         bars = [
             Bar(m["name"], m["gbps"], m["gbps_min"], m["gbps_max"], m["name"] == "shardstate")
             for m in measured

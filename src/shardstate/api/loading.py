@@ -129,7 +129,7 @@ def plan(
             made = rank_plan(checkpoint, rank, tp=tp, layout=layout, request=request)
             storage = checkpoint.storage
             threads = storage.traits.read_threads
-            reads = reads_of([made.plan], traits=storage.traits, threads=threads)
+            reads = reads_of([made.plan], traits=storage.traits, threads=threads, direct=True)
             write_planned(report, [made.plan], reads, checkpoint)
             _describe_made(report, made, rank, layout, checkpoint)
             report.by_rule = by_rule(made)
@@ -241,6 +241,7 @@ def load_rank(
                         [made.plan],
                         traits=checkpoint.storage.traits,
                         threads=workers,
+                        direct=True,
                     )
                 )
                 write_planned(report, [made.plan], reads, checkpoint)

@@ -18,7 +18,7 @@ from shardstate.checkpoint import Checkpoint, open_checkpoint
 from shardstate.coalesce import Read, plan_reads
 from shardstate.digest import BLOCK_BYTES
 from shardstate.dtypes import CAST_NAMES, DTYPES
-from shardstate.engine import Counters
+from shardstate.engine import STAGING_BYTES, Counters
 from shardstate.errors import (
     InputError,
     PathNotFound,
@@ -53,7 +53,6 @@ _log = logging.getLogger("shardstate")
 
 PIECE_BYTES = BLOCK_BYTES  # so that pieces of contiguous tensors are whole digest blocks
 READ_BYTES = PIECE_BYTES
-MEMORY_BYTES = 256 << 20  # beyond the destination, for all threads together
 _GRAIN_BYTES = 64 << 10
 _MAX_RULES_BYTES = 16 << 20
 
@@ -211,21 +210,25 @@ def reads_of(
     in_dest_order: bool = False,
     wanted: Sequence[frozenset[int]] | None = None,
     traits: Traits = LocalStorage.traits,
+    direct: bool = False,
 ) -> list[Read]:
     """Return the reads of `plans` for so many threads that their memory keeps to the budget.
 
     A thread holds what it reads, and as much again when that is moved, cast or grows by a cast.
     A local storage may choose to let as many as `MOST_THREADS` work. `traits` are those of the
-    storage that is read.
+    storage that is read. `direct`: what is contiguous goes straight to its destination, so that
+    it takes no memory, and a storage that is far away may be asked for more at once.
     """
-    share = MEMORY_BYTES // (4 * (threads if traits.remote else max(threads, MOST_THREADS)))
-    read_bytes = min(traits.chunk_bytes or READ_BYTES, max(share // _GRAIN_BYTES, 1) * _GRAIN_BYTES)
+    share = STAGING_BYTES // (threads if traits.remote else max(threads, MOST_THREADS))
+    most = traits.chunk_bytes or READ_BYTES
+    read_bytes = min(most, max(share // _GRAIN_BYTES, 1) * _GRAIN_BYTES)
     return plan_reads(
         plans,
         in_dest_order=in_dest_order,
         piece_bytes=min(PIECE_BYTES, read_bytes),
         read_bytes=read_bytes,
         max_gap_bytes=traits.max_gap_bytes,
+        direct_bytes=most if direct and traits.remote else 0,
         wanted=wanted,
     )
 

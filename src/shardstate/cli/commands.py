@@ -61,7 +61,7 @@ def _common(command: Callable[..., Report]) -> Callable[..., int]:
     @click.option(
         "--chunk-bytes",
         metavar="SIZE",
-        help="Read no more than that at once: bytes, 1MiB; at most 4MiB.",
+        help="Read no more than that at once: bytes, 1MiB; at most 4MiB, of stores 8MiB.",
     )
     @click.option(
         "--timeout",
@@ -313,12 +313,15 @@ def sign(path: str, key: str, access: api.Access, **_: Any) -> Report:
 @_path()
 @click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True)
 @click.option(
-    "--max-size", default="2GB", show_default=True, metavar="SIZE", help="Read no more than this."
+    "--max-size", default="2GB", show_default=True, metavar="SIZE", help="Read no more than that."
 )
 @click.option("--plot", metavar="FILE.svg", help="Draw the figures.")
 @_common
 def bench(path: str, **arguments: Any) -> Report:
-    """Measure reading PATH here: this engine, safetensors, and the raw limits; warm and cold."""
+    """Measure reading PATH here: this engine, safetensors, and the raw limits; warm and cold.
+
+    At a store: this engine, and plain ranged requests. Each way reads --max-size each round.
+    """
     return api.bench(path, **arguments)
 
 

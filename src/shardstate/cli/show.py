@@ -252,7 +252,7 @@ def _bench(console: Console, arguments: Mapping[str, Any], report: Report) -> No
         f"[bold]{escape(str(arguments['path']))}[/bold]: {size(report.bytes)} in "
         f"{count(report.tensors, 'tensor')}, into memory that was touched before"
     )
-    for state in ("warm", "cold"):
+    for state in ("warm", "cold", "remote"):
         table = _table(state, "GB/s", "lowest", "highest")
         for each in report.measured or ():
             if each["state"] == state:

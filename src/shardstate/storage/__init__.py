@@ -14,6 +14,7 @@ from shardstate.storage.local import LocalStorage
 from shardstate.storage.locate import (
     TIMEOUT_SECONDS,
     Access,
+    fetched,
     is_address,
     location_of,
     revision_of,
@@ -34,6 +35,7 @@ __all__ = [
     "Storage",
     "Traits",
     "Writable",
+    "fetched",
     "is_address",
     "location_of",
     "revision_of",

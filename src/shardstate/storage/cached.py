@@ -20,8 +20,9 @@ from blake3 import blake3
 from shardstate.digest import digest_of
 from shardstate.errors import InputError
 from shardstate.names import OURS
-from shardstate.storage.base import Entry, PlainReader, Storage, Traits
+from shardstate.storage.base import Entry, Reader, Reading, Storage, Traits
 from shardstate.storage.oserrors import mapped_errors
+from shardstate.storage.paced import reader_of
 from shardstate.storage.views import total
 
 _log = logging.getLogger("shardstate")
@@ -153,8 +154,11 @@ def cache_key(location: str, entry: Entry) -> str:
 class CachedStorage:
     """A remote storage behind a cache; what is listed is what the storage lists."""
 
-    def __init__(self, storage: Storage, cache: RangeCache) -> None:
+    def __init__(
+        self, storage: Storage, cache: RangeCache, *, reading: Reading | None = None
+    ) -> None:
         self.location = storage.location
+        self._reading = reading or Reading()
         self._storage, self._cache = storage, cache
         self._lock = threading.Lock()
         self._keys: dict[str, str] = {}
@@ -202,8 +206,8 @@ class CachedStorage:
                 self._keys = {entry.name: cache_key(self.location, entry) for entry in listed}
             return self._keys.get(name)
 
-    def reader(self, threads: int) -> PlainReader:
-        return PlainReader(self, threads)
+    def reader(self, threads: int) -> Reader:
+        return reader_of(self, threads, self._reading)
 
     def expect(self, files: Mapping[str, int]) -> None:
         self._storage.expect(files)

@@ -12,9 +12,10 @@ import logging
 import os
 import re
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -27,11 +28,12 @@ from shardstate.errors import (
     Unreachable,
     UsageError,
 )
-from shardstate.storage.base import Entry, PlainReader
+from shardstate.storage.base import Entry, Reader, Reading, Traits
 from shardstate.storage.cached import RangeCache, cache_key
 from shardstate.storage.clients import Address
 from shardstate.storage.local import LocalStorage
 from shardstate.storage.oserrors import mapped_errors
+from shardstate.storage.paced import reader_of
 from shardstate.storage.reading import FAR, ObjectReader
 
 _log = logging.getLogger("shardstate")
@@ -44,8 +46,6 @@ _FETCH_THREADS = 4
 class HubStorage:
     """Files of one commit of a repository, to be read only."""
 
-    traits = FAR  # a hub is
-
     def __init__(
         self,
         repository: str,
@@ -55,12 +55,14 @@ class HubStorage:
         cache: str | None,
         ignored: Sequence[str],
         ranges: RangeCache | None,
+        reading: Reading,
     ) -> None:
         if importlib.util.find_spec("huggingface_hub") is None:
             raise UsageError(
                 f"hf://{repository}: needs huggingface_hub: pip install 'shardstate[hub]'"
             )
         self._repository, self._cache, self._timeout = repository, cache, timeout
+        self._reading = reading
         self._kept = ranges  # what keeps ranges of files that are not fetched whole
         self._lock = threading.Lock()
         self.location = f"hf://{repository}"
@@ -75,6 +77,16 @@ class HubStorage:
             }
         self._here: LocalStorage | None = None  # the snapshot of that commit in the local cache
         self._ranges: ObjectReader | None = None
+        self._expected: frozenset[str] = frozenset()
+
+    @property
+    def traits(self) -> Traits:
+        """Those of a local disk where all weights are in the local cache."""
+        weights = [name for name in self._entries if name.endswith(".safetensors")]
+        here = self._local(weights)
+        if here is not None:
+            return here.traits
+        return replace(FAR, chunk_bytes=self._reading.chunk_bytes or FAR.chunk_bytes)
 
     def _resolved(self, revision: str) -> tuple[str, dict[str, Entry]]:
         """Return the commit and its files: by the hub, or by the cache where it is complete."""
@@ -169,19 +181,36 @@ class HubStorage:
             key = cache_key(self.location, entry)
             self._kept.read_into(key, begin, views, partial(self._reader().read_into, name))
 
-    def reader(self, threads: int) -> PlainReader:
-        return PlainReader(self, threads)
+    def reader(self, threads: int) -> Reader:
+        here = self._local(self._expected)
+        if here is not None:
+            return here.reader(min(threads, here.traits.read_threads))
+        return reader_of(self, threads, self._reading)
 
     def expect(self, files: Mapping[str, int]) -> None:
         """Fetch files of which nearly all is about to be read."""
-        whole = [
-            name
-            for name, nbytes in files.items()
-            if nbytes >= _WHOLE_SHARE * self.size(name) and self._snapshot(name) is None
-        ]
-        with ThreadPoolExecutor(max(1, min(_FETCH_THREADS, len(whole)))) as pool:
-            for _ in pool.map(self._fetched, whole):
+        self._expected = frozenset(files)
+        whole = [n for n, nbytes in files.items() if nbytes >= _WHOLE_SHARE * self.size(n)]
+        self._fetch(whole)
+
+    def fetched(self, names: Iterable[str]) -> LocalStorage:
+        """Return the local cache's folder of this commit, with these files in it."""
+        names = frozenset(names)
+        self._fetch(names)
+        here = self._local(names)
+        assert here is not None, "there are names, and each was fetched"
+        return here
+
+    def _fetch(self, names: Iterable[str]) -> None:
+        absent = [name for name in names if self._snapshot(name) is None]
+        with ThreadPoolExecutor(max(1, min(_FETCH_THREADS, len(absent)))) as pool:
+            for _ in pool.map(self._fetched, absent):
                 pass
+
+    def _local(self, names: Iterable[str]) -> LocalStorage | None:
+        """Return the local cache's folder of this commit, if it has all of these files."""
+        found = [self._snapshot(name) for name in names]
+        return found[0] if found and all(each is not None for each in found) else None
 
     def map(self, name: str) -> np.ndarray:
         self._entry(name)
@@ -214,7 +243,8 @@ class HubStorage:
             return None
         with self._lock:
             if self._here is None:
-                self._here = LocalStorage(path.removesuffix(name).rstrip("/"))
+                folder = path.removesuffix(name).rstrip("/")
+                self._here = LocalStorage(folder, reading=self._reading)
             return self._here
 
     def _fetched(self, name: str) -> LocalStorage:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, cast
 
@@ -34,7 +34,7 @@ class Access:
     cache_bytes: int = CACHE_BYTES  # that it holds, at most about
     hub_cache: str | None = None  # None: where huggingface_hub has its own
     ignore_patterns: tuple[str, ...] = ()  # files of a hub repository that are not seen
-    reading: Reading = field(default_factory=Reading)  # of local files
+    reading: Reading = field(default_factory=Reading)
 
 
 def is_address(path: str | os.PathLike[str]) -> bool:
@@ -85,9 +85,9 @@ def _store(text: str, access: Access) -> Storage:
 
     address = parse_address(text)
     kind = WebStorage if address.scheme in ("https", "http") else ObjectStorage
-    found = kind(address, access.options, timeout=access.timeout)
+    found = kind(address, access.options, timeout=access.timeout, reading=access.reading)
     cache = _cache(access)
-    return found if cache is None else CachedStorage(found, cache)
+    return found if cache is None else CachedStorage(found, cache, reading=access.reading)
 
 
 def _hub(text: str, access: Access) -> Storage:
@@ -102,6 +102,7 @@ def _hub(text: str, access: Access) -> Storage:
         cache=access.hub_cache,
         ignored=access.ignore_patterns,
         ranges=_cache(access),
+        reading=access.reading,
     )
 
 
@@ -118,6 +119,13 @@ def revision_of(storage: Storage) -> str | None:
     from shardstate.storage.hub import HubStorage
 
     return storage.revision if isinstance(storage, HubStorage) else None
+
+
+def fetched(storage: Storage, names: Iterable[str]) -> Storage:
+    """Return the storage itself; of one of the hub, its local cache, with these files in it."""
+    from shardstate.storage.hub import HubStorage
+
+    return storage.fetched(names) if isinstance(storage, HubStorage) else storage
 
 
 def writable_at(path: str | os.PathLike[str], access: Access, *, outputs: int) -> Writable:

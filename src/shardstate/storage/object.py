@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from shardstate.errors import UsageError
-from shardstate.storage.base import Entry, PlainReader, Traits
+from shardstate.storage.base import Entry, Reader, Reading, Traits
 from shardstate.storage.clients import Address, Limits, connect
+from shardstate.storage.paced import reader_of
 from shardstate.storage.reading import ObjectReader, entry_of
 from shardstate.storage.uploads import ObjectOutput, Uploads
 
@@ -23,10 +24,23 @@ class ObjectStorage:
     """
 
     def __init__(
-        self, address: Address, options: Mapping[str, str], *, timeout: float, outputs: int = 0
+        self,
+        address: Address,
+        options: Mapping[str, str],
+        *,
+        timeout: float,
+        outputs: int = 0,
+        reading: Reading | None = None,
     ) -> None:
         self.location = address.url
-        self._reader = ObjectReader(address, options, timeout=timeout, pinned=not outputs)
+        self._reading = reading or Reading()
+        self._reader = ObjectReader(
+            address,
+            options,
+            timeout=timeout,
+            pinned=not outputs,
+            chunk_bytes=self._reading.chunk_bytes,
+        )
         self._uploads: Uploads | None = None
         if outputs:
             # Each part of an upload has as long as an answer may fail to come; the client repeats.
@@ -90,8 +104,8 @@ class ObjectStorage:
             f"{self.location}: only files on a local disk can be mapped; leave map out"
         )
 
-    def reader(self, threads: int) -> PlainReader:
-        return PlainReader(self, threads)
+    def reader(self, threads: int) -> Reader:
+        return reader_of(self, threads, self._reading)
 
     def expect(self, files: Mapping[str, int]) -> None:
         pass

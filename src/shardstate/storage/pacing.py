@@ -44,6 +44,8 @@ class Pacer:
 
     ways: Sequence[Way]
     known: dict[Way, float] = field(default_factory=dict)  # bytes a second
+    trial_bytes: int = TRIAL_BYTES
+    warm_up: int = 3  # reads by each thread before the first trial
     way: Way = field(init=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
     _on_trial: bool = field(init=False)
@@ -55,7 +57,8 @@ class Pacer:
 
     def __post_init__(self) -> None:
         self.way = self._next()
-        self._warming = 3 * self.way.threads  # threads start, memory is touched for the first time
+        # Threads start, and memory is touched for the first time.
+        self._warming = self.warm_up * self.way.threads
 
     def done(self, way: Way, nbytes: int, seconds: float, now: float) -> None:
         """Hear that a read of `nbytes` took so long and ended at `now` (seconds of any clock)."""
@@ -83,8 +86,8 @@ class Pacer:
             return
         rate = self.way.threads * self._bytes / self._seconds
         best = max(self.known.values(), default=0.0)
-        hopeless = self._bytes >= TRIAL_BYTES // 4 and rate < _HOPELESS * best
-        if self._bytes < TRIAL_BYTES and not hopeless:
+        hopeless = self._bytes >= self.trial_bytes // 4 and rate < _HOPELESS * best
+        if self._bytes < self.trial_bytes and not hopeless:
             return
         # Not the newest alone: one trial is short, and disks are fickle.
         before = self.known.pop(self.way, rate)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,11 +20,12 @@ if TYPE_CHECKING:
 
 # By how long a small request takes, seconds; measured, see `docs/benchmarks.md`. In the time of a
 # request a store that is far away sends much, so that reading over gaps is cheaper there.
-NEAR = Traits(
-    read_threads=8, write_threads=8, max_gap_bytes=256 << 10, remote=True, chunk_bytes=8 << 20
+_TRAITS = Traits(
+    read_threads=16, write_threads=8, max_gap_bytes=1 << 20, remote=True, chunk_bytes=8 << 20
 )
-MIDDLE = Traits(read_threads=16, write_threads=8, max_gap_bytes=1 << 20, remote=True)
-FAR = Traits(read_threads=32, write_threads=8, max_gap_bytes=2 << 20, remote=True)
+NEAR = replace(_TRAITS, read_threads=8, max_gap_bytes=256 << 10)
+MIDDLE = _TRAITS
+FAR = replace(_TRAITS, read_threads=32, max_gap_bytes=2 << 20)
 _NEAR_SECONDS, _FAR_SECONDS = 0.008, 0.025
 
 # What the client hands over at a time: large enough to cost nothing, small enough that a broken
@@ -49,12 +51,14 @@ class ObjectReader:
         timeout: float,
         pinned: bool,
         immutable: bool = False,
+        chunk_bytes: int | None = None,
     ) -> None:
         self.address = address
         self.health = Health()
         self._latency: float | None = None  # seconds of the fastest small request
         self.timeout = timeout
         self._pinned, self._immutable = pinned, immutable
+        self._chunk_bytes = chunk_bytes  # the most that one request asks for; None: no wish
         self._endpoint = endpoint_of(address, options)
         self._lock = threading.Lock()
         self._known: dict[str, Entry] = {}
@@ -70,8 +74,10 @@ class ObjectReader:
     def traits(self) -> Traits:
         """What the store is good at, by its fastest answer to a small request so far."""
         if self._latency is None or _NEAR_SECONDS <= self._latency < _FAR_SECONDS:
-            return MIDDLE
-        return NEAR if self._latency < _NEAR_SECONDS else FAR
+            found = MIDDLE
+        else:
+            found = NEAR if self._latency < _NEAR_SECONDS else FAR
+        return replace(found, chunk_bytes=self._chunk_bytes) if self._chunk_bytes else found
 
     def where(self, name: str = "") -> str:
         """Return the address of an object, and its server, for messages."""

@@ -8,14 +8,16 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 
 from shardstate.errors import PathNotFound, UsageError
 from shardstate.names import CONFIG, MANIFEST, SIGNATURE, record_name
-from shardstate.storage.base import Entry, PlainReader, Traits
+from shardstate.storage.base import Entry, Reader, Reading, Traits
 from shardstate.storage.clients import Address
+from shardstate.storage.paced import reader_of
 from shardstate.storage.reading import ObjectReader
 
 _log = logging.getLogger("shardstate")
@@ -28,9 +30,14 @@ _MAX_JSON_BYTES = 256 << 20
 class WebStorage:
     """Files under one address of a web server, to be read only."""
 
-    def __init__(self, address: Address, options: Mapping[str, str], *, timeout: float) -> None:
+    def __init__(
+        self, address: Address, options: Mapping[str, str], *, timeout: float, reading: Reading
+    ) -> None:
         self.location = address.url
-        self._reader = ObjectReader(address, options, timeout=timeout, pinned=True)
+        self._reading = reading
+        self._reader = ObjectReader(
+            address, options, timeout=timeout, pinned=True, chunk_bytes=reading.chunk_bytes
+        )
         self._named: dict[str, Entry] | None = None  # by what the folder's own files say
 
     @property
@@ -48,10 +55,9 @@ class WebStorage:
 
     def _all(self) -> dict[str, Entry]:
         if self._named is None:
-            found: dict[str, Entry] = {}
-            for name in self._names():
-                if (entry := self._entry(name)) is not None:
-                    found[name] = entry
+            with ThreadPoolExecutor(self.traits.read_threads) as pool:
+                seen = pool.map(self._entry, dict.fromkeys(self._names()))
+                found = {entry.name: entry for entry in seen if entry is not None}
             self._named = dict(sorted(found.items()))
             _log.warning(
                 "shardstate: nothing can be listed at %s: only the files that %s are seen",
@@ -114,8 +120,8 @@ class WebStorage:
             f"{self.location}: only files on a local disk can be mapped; leave map out"
         )
 
-    def reader(self, threads: int) -> PlainReader:
-        return PlainReader(self, threads)
+    def reader(self, threads: int) -> Reader:
+        return reader_of(self, threads, self._reading)
 
     def expect(self, files: Mapping[str, int]) -> None:
         pass

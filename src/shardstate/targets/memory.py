@@ -37,10 +37,8 @@ class MemoryTarget:
         self._memory, self._digests = memory, digests
 
     def direct(self, piece: Piece) -> memoryview | None:
-        run = piece.dest_run
-        if run is None or not piece.source_run or piece.source_dtype != piece.dest_dtype:
-            return None
-        return self._memory[piece.dest][run[0] : run[1]].data
+        run = piece.direct_run
+        return None if run is None else self._memory[piece.dest][run[0] : run[1]].data
 
     def accept(self, read: Read, staged: np.ndarray | None) -> None:
         for piece in read.pieces:
@@ -52,7 +50,7 @@ class MemoryTarget:
             if staged is not None:
                 arrived = staged[piece.begin - read.begin : piece.end - read.begin]
             else:
-                run = piece.dest_run
+                run = piece.direct_run
                 assert run is not None, "it was read directly"
                 arrived = memory[run[0] : run[1]]
             self._digests.update(piece, arrived)

@@ -36,7 +36,7 @@ from shardstate.storage import Access
 from shardstate.torch.aliases import alias_of, equal_groups
 from shardstate.torch.backends import BACKENDS, fill
 from shardstate.torch.ranks import Place, in_group, place_of
-from shardstate.torch.staging import target_for
+from shardstate.torch.staging import lies_in_host, target_for
 from shardstate.torch.tensors import check_plain, is_writable, loops_of, stored_shape, tag_of
 from shardstate.trust import require_signature
 
@@ -137,7 +137,12 @@ def load_place(
         fit.notes += [*_other_topology(checkpoint, place), *extra_notes(checkpoint, index)]
         _refuse(fit, checkpoint, made, strict=strict)
         plan = compose_plans(made.plan, fit.plan)
-        reads = reads_of([plan], traits=checkpoint.storage.traits, threads=threads)
+        reads = reads_of(
+            [plan],
+            traits=checkpoint.storage.traits,
+            threads=threads,
+            direct=lies_in_host(fit.goals.values()),
+        )
         write_planned(report, [plan], reads, checkpoint)
         report.bytes = sum(fit.plan.catalog.nbytes(copy.source) for copy in fit.plan)
         report.tensors = len(fit.plan)

@@ -7,7 +7,7 @@ tested, and `stage=True` drives all the rest on the CPU. `tests/gpu/` runs where
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -28,9 +28,14 @@ def target_for(
 
     `stage` forces the way that device memory takes, for tests without a device.
     """
-    if stage or any(goal.device.type != "cpu" for goal in goals):
+    if stage or not lies_in_host(goals):
         return StagedTarget(goals, digests)
     return MemoryTarget([bytes_of(goal).numpy() for goal in goals], digests=digests)
+
+
+def lies_in_host(goals: Iterable[torch.Tensor]) -> bool:
+    """Return whether bytes can be read straight into these tensors."""
+    return all(goal.device.type == "cpu" for goal in goals)
 
 
 class StagedTarget:

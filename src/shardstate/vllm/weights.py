@@ -31,7 +31,7 @@ from shardstate.plan import Plan, bytes_wanted
 from shardstate.provenance import parse_provenance
 from shardstate.restore import plan_source
 from shardstate.storage import Entry, LocalStorage, Reading, Storage
-from shardstate.targets import Target
+from shardstate.targets import MemoryTarget, Target
 from shardstate.torch.recorder import Recorder
 
 if TYPE_CHECKING:
@@ -71,7 +71,12 @@ class Weights:
         if self.first is not None:
             plan = compose_plans(self.first, plan)
         counters = execute(
-            reads_of([plan], traits=self.storage.traits, threads=self.threads),
+            reads_of(
+                [plan],
+                traits=self.storage.traits,
+                threads=self.threads,
+                direct=isinstance(target, MemoryTarget),
+            ),
             storage=self.storage,
             target=target,
             threads=self.threads,
