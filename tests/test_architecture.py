@@ -123,7 +123,7 @@ def test_only_what_is_declared_is_imported():
                 used |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom):
                 used.add(str(node.module).split(".")[0])
-    extras = {"huggingface_hub"}  # imported on use
+    extras = {"boto3", "botocore", "huggingface_hub"}  # imported on use
     assert used - set(sys.stdlib_module_names) - {"shardstate"} == declared | extras
 
 

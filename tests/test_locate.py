@@ -1,11 +1,13 @@
 """Addresses, options and credentials: what becomes of a PATH, without any server."""
 
+import importlib.util
+
 import pytest
 
 from shardstate.errors import InputError, PathNotFound, UsageError
 from shardstate.storage import Access, LocalStorage, location_of, storage_at, writable_at
 from shardstate.storage.clients import endpoint_of, parse_address
-from shardstate.storage.profiles import aws_options, azure_options
+from shardstate.storage.profiles import aws_options, azure_options, indirect_profile
 
 
 @pytest.mark.parametrize(
@@ -113,11 +115,46 @@ def test_the_environment_is_stronger_than_the_profile(aws):
     assert (found["region"], found["endpoint"]) == ("r", "e")
 
 
-def test_profiles_that_cannot_be_used_are_said_so(aws):
+def test_a_profile_that_is_not_there_is_said_so(aws):
     with pytest.raises(UsageError, match=r"neither .* has it"):
         aws_options(aws | {"AWS_PROFILE": "gone"})
-    with pytest.raises(UsageError, match="by sso_session, which is not supported"):
-        aws_options(aws | {"AWS_PROFILE": "sso"})
+
+
+@pytest.mark.parametrize(
+    ("text", "way"),
+    [
+        ("sso_session = mine", "sso_session"),
+        ("sso_start_url = u\naws_access_key_id = a", "sso_start_url"),
+        ("role_arn = r\nsource_profile = other", "source_profile"),
+        ("role_arn = r\nsource_profile = p\naws_access_key_id = a", "source_profile"),
+        ("role_arn = r\ncredential_source = Environment", "credential_source"),
+        ("credential_process = program", "credential_process"),
+        ("credential_process = program\naws_access_key_id = a", None),
+        ("role_arn = r\nweb_identity_token_file = /token", None),
+        ("aws_access_key_id = a\naws_secret_access_key = b", None),
+    ],
+)
+def test_profiles_that_say_where_to_ask(tmp_path, text, way):
+    (tmp_path / "config").write_text(f"[profile p]\nregion = r\n{text}\n")
+    variables = {
+        "AWS_CONFIG_FILE": str(tmp_path / "config"),
+        "AWS_SHARED_CREDENTIALS_FILE": str(tmp_path / "none"),
+        "AWS_PROFILE": "p",
+    }
+    assert indirect_profile(variables) == (None if way is None else ("p", way))
+    assert aws_options(variables)["region"] == "r"
+    if way is not None:
+        assert set(aws_options(variables)) == {"region"}
+    assert indirect_profile(variables | {"AWS_ACCESS_KEY_ID": "a"}) is None
+
+
+def test_a_profile_that_needs_boto3_says_so(tmp_path, monkeypatch):
+    (tmp_path / "config").write_text("[default]\ncredential_process = program\n")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID", raising=False)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
+    with pytest.raises(UsageError, match=r"by credential_process, which needs boto3: pip install"):
+        storage_at("s3://bucket/a", Access())
 
 
 def test_connection_strings_of_azure():

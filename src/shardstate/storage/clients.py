@@ -10,9 +10,15 @@ from datetime import timedelta
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from shardstate.errors import UsageError
+from shardstate.errors import ShardStateError, UsageError
 from shardstate.storage.faults import diagnose
-from shardstate.storage.profiles import aws_options, azure_options, google_options
+from shardstate.storage.profiles import (
+    aws_options,
+    azure_options,
+    google_options,
+    indirect_profile,
+    profile_credentials,
+)
 
 SCHEMES = ("s3", "gs", "az", "https", "http")
 _CLIENT_OPTIONS = {
@@ -163,6 +169,11 @@ def connect(address: Address, options: Mapping[str, str], limits: Limits) -> Any
     try:
         match address.scheme:
             case "s3":
+                given = {"access_key_id", "skip_signature"} & settings.keys()
+                if not given and (found := indirect_profile(os.environ)) is not None:
+                    common["credential_provider"] = profile_credentials(
+                        *found, where=address.url, seconds=limits.seconds
+                    )
                 return stores.S3Store(address.bucket, prefix=prefix, config=settings, **common)
             case "gs":
                 return stores.GCSStore(address.bucket, prefix=prefix, config=settings, **common)
@@ -178,7 +189,7 @@ def connect(address: Address, options: Mapping[str, str], limits: Limits) -> Any
                     headers["authorization"] = basic(address.login)
                 client["default_headers"] = headers
                 return stores.HTTPStore(address.url, **common)
-    except UsageError:
+    except ShardStateError:
         raise
     except Exception as error:
         fault = diagnose(error)

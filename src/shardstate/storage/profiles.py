@@ -7,11 +7,13 @@ strings of Azure, the emulator's address of Google Cloud.
 from __future__ import annotations
 
 import configparser
+import importlib.util
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
-from shardstate.errors import UsageError
+from shardstate.errors import StorageError, UsageError
 
 _PROFILE_KEYS = {
     "aws_access_key_id": "access_key_id",
@@ -23,15 +25,22 @@ _PROFILE_KEYS = {
     "role_arn": "role_arn",
     "role_session_name": "role_session_name",
 }
-_KEY_OPTIONS = ("access_key_id", "secret_access_key", "session_token")
-_INDIRECT = ("sso_session", "sso_start_url", "credential_process", "source_profile")
+_CREDENTIALS = (
+    "access_key_id",
+    "secret_access_key",
+    "session_token",
+    "web_identity_token_file",
+    "role_arn",
+    "role_session_name",
+)
 
 
 def aws_options(environment: Mapping[str, str]) -> dict[str, str]:
     """Return the client's options that the environment's variables and the AWS profile give."""
-    found = _profile(environment)
-    if "AWS_ACCESS_KEY_ID" in environment or "AWS_WEB_IDENTITY_TOKEN_FILE" in environment:
-        for option in (*_KEY_OPTIONS, "web_identity_token_file", "role_arn", "role_session_name"):
+    _, merged = _profile(environment)
+    found = {_PROFILE_KEYS[key]: value for key, value in merged.items() if key in _PROFILE_KEYS}
+    if _has_credentials(environment) or indirect_profile(environment) is not None:
+        for option in _CREDENTIALS:
             found.pop(option, None)
     endpoint = environment.get("AWS_ENDPOINT_URL_S3") or environment.get("AWS_ENDPOINT_URL")
     if endpoint:
@@ -42,7 +51,61 @@ def aws_options(environment: Mapping[str, str]) -> dict[str, str]:
     return found
 
 
-def _profile(environment: Mapping[str, str]) -> dict[str, str]:
+def indirect_profile(environment: Mapping[str, str]) -> tuple[str, str] | None:
+    """Return a profile of AWS that says where to ask for credentials, and by what; None: no such.
+
+    In the order of AWS's own tools: a role, then single sign-on, keys, and a program.
+    """
+    if _has_credentials(environment):
+        return None
+    profile, merged = _profile(environment)
+    if "role_arn" in merged:
+        ways = ["source_profile", "credential_source"]
+    else:
+        ways = ["sso_session", "sso_start_url"]
+    if not {"aws_access_key_id", "web_identity_token_file"} & merged.keys():
+        ways.append("credential_process")
+    return next(((profile, way) for way in ways if way in merged), None)
+
+
+def profile_credentials(profile: str, way: str, *, where: str, seconds: float) -> Callable[[], Any]:
+    """Return what gives the client the credentials of an indirect profile, and renews them.
+
+    Each request that this takes may last so many seconds; `where` they are for is what errors name:
+    `UsageError` without boto3, `StorageError` where there are none to be had.
+    """
+    what = f"{where}: profile {profile!r} of AWS gets its credentials by {way}"
+    if importlib.util.find_spec("boto3") is None:
+        raise UsageError(
+            f"{what}, which needs boto3: pip install 'shardstate[aws]', or run "
+            f'eval "$(aws configure export-credentials --format env)" first'
+        )
+    import boto3
+    import botocore.session
+    from botocore.config import Config
+    from obstore.auth.boto3 import Boto3CredentialProvider
+
+    limits = Config(connect_timeout=seconds, read_timeout=seconds, retries={"max_attempts": 1})
+    try:
+        session = botocore.session.Session(profile=profile)
+        session.set_default_client_config(limits)
+        provider = Boto3CredentialProvider(boto3.Session(botocore_session=session))
+        provider()  # what is wrong with it shows here, and not as a refusal of the store
+    except Exception as error:
+        # Not its text: that of a program may say anything, secrets too.
+        raise StorageError(
+            f"{what}, and there were none ({type(error).__name__}); run "
+            f"aws sts get-caller-identity --profile {profile} to see why"
+        ) from None
+    return provider
+
+
+def _has_credentials(environment: Mapping[str, str]) -> bool:
+    return "AWS_ACCESS_KEY_ID" in environment or "AWS_WEB_IDENTITY_TOKEN_FILE" in environment
+
+
+def _profile(environment: Mapping[str, str]) -> tuple[str, dict[str, str]]:
+    """Return the name of the profile that counts, and what the files of AWS say of it."""
     home = Path(environment.get("HOME") or os.path.expanduser("~")) / ".aws"
     files = (
         (environment.get("AWS_CONFIG_FILE") or str(home / "config"), "profile "),
@@ -73,14 +136,7 @@ def _profile(environment: Mapping[str, str]) -> dict[str, str]:
         raise UsageError(
             f"AWS_PROFILE is {name!r}, and neither {files[0][0]} nor {files[1][0]} has it"
         )
-    has_keys = "AWS_ACCESS_KEY_ID" in environment or "aws_access_key_id" in merged
-    indirect = [key for key in _INDIRECT if key in merged]
-    if indirect and not has_keys and "web_identity_token_file" not in merged:
-        raise UsageError(
-            f"profile {profile!r} of AWS gets its credentials by {indirect[0]}, which is not "
-            f'supported; run eval "$(aws configure export-credentials --format env)" first'
-        )
-    return {_PROFILE_KEYS[key]: value for key, value in merged.items() if key in _PROFILE_KEYS}
+    return profile, merged
 
 
 def azure_options(environment: Mapping[str, str]) -> dict[str, str]:
