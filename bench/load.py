@@ -7,7 +7,7 @@ memory for the first time is slow here, and no part of reading. Residency is pro
 Half cached, twelve of the settings are tried. All results are compared bit for bit. What one run
 learnt of the disk is forgotten before the next. Prints one JSON line.
 
-    python bench/load.py [--rounds 5] [--work bench/out]
+    python bench/load.py [--rounds 5] [--work bench/out] [--state warm …]
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--work", type=Path, default=Path("bench/out"))
+    parser.add_argument("--state", nargs="+", default=["warm", "cold", "half"])
     arguments = parser.parse_args()
     logging.getLogger("shardstate").setLevel(logging.ERROR)
     source, target = arguments.work / "llama-2.2GB", arguments.work / "tp1"
@@ -67,7 +68,8 @@ def main() -> None:
         "half": (half, {"shardstate": loading["shardstate"], **some}),
     }
     result = {"bench": "load", "bytes": nbytes, "rounds": arguments.rounds, "states": {}}
-    for state, (prepare, ways) in states.items():
+    for state in arguments.state:
+        prepare, ways = states[state]
         seconds = take_turns(
             ways, before=partial(prepare, files), rounds=arguments.rounds, after=compared
         )

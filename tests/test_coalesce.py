@@ -159,12 +159,13 @@ def test_pieces_and_reads_keep_their_limits(
 
 
 def test_what_goes_straight_into_its_destination_is_read_in_longer_reads() -> None:
-    catalog, _ = catalog_in_memory([("a", "U8", (64, 16))])
+    catalog, _ = catalog_in_memory([("a", "U8", (128, 16))])
     (whole,) = plans_of(catalog, [Replicate()], 1)
     (columns, _) = plans_of(catalog, [Split(1)], 2)
     longer = {"piece": 128, "read": 128, "direct": 512}
-    assert [read.nbytes for read in reads_of([whole], **longer)] == [512, 512]
-    assert [read.nbytes for read in reads_of([whole], **longer | {"direct": 0})] == [128] * 8
+    # The last of them are short, so that nobody is left alone with a long one.
+    assert [read.nbytes for read in reads_of([whole], **longer)] == [512] * 3 + [128] * 4
+    assert [read.nbytes for read in reads_of([whole], **longer | {"direct": 0})] == [128] * 16
     assert max(read.nbytes for read in reads_of([columns], gap=8, **longer)) <= 128
 
 

@@ -170,6 +170,7 @@ def plan_reads(
     read_bytes: int,
     max_gap_bytes: int,
     direct_bytes: int = 0,
+    workers: int = 1,
     wanted: Sequence[frozenset[int]] | None = None,
     assembly_bytes: int = ASSEMBLY_BYTES,
 ) -> list[Read]:
@@ -178,7 +179,8 @@ def plan_reads(
     `in_dest_order`: by destination tensor, all plans in step, so that each output is one sequential
     stream; otherwise by file and offset. `wanted` limits each plan to some rows of its tensors.
     A read has at most `read_bytes`, and two pieces more where those overlap in the file; up to
-    `direct_bytes`, if that is more, where all of it can go straight into its destination. Gaps of
+    `direct_bytes`, if that is more, where all of it can go straight into its destination, except
+    for the last ones: none of so many `workers` is to be left alone with a long one. Gaps of
     up to `max_gap_bytes` are read over, the smallest first, as far as `OVERREAD` allows. A segment
     has at most an equal share of `assembly_bytes` for each plan: where that is less than a
     transpose needs, the same bytes are read again for each segment.
@@ -207,11 +209,13 @@ def plan_reads(
     reads: list[Read] = []
     most = read_bytes + 2 * piece_bytes
     longer = direct_bytes > read_bytes
+    left = sum(b - a for a, b in spans) - workers * direct_bytes if longer else 0
     start, begin, end = 0, 0, 0
     direct = False  # whether all of the read so far can go straight into its destination
     for i, (a, b) in enumerate(spans):
         also = longer and pieces[i].direct_run is not None
-        limit = direct_bytes if direct and also else read_bytes
+        limit = direct_bytes if direct and also and left > 0 else read_bytes
+        left -= b - a
         if i > start and (
             files[i] != files[start]
             or files[i] < 0

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import numpy as np
 
@@ -29,6 +30,11 @@ def compose_plans(first: Plan, second: Plan) -> Plan:
     Tensors of B are matched by name; those that only one plan has are left out. Raises `NotNested`
     by name where strides do not nest, `PlanError` where both plans cast the same elements.
     """
+    middle = second.catalog
+    if first.identity and (middle.names, middle.dtypes, middle.shapes) == (
+        first.catalog.names, first.catalog.dtypes, first.catalog.shapes,
+    ):  # fmt: skip
+        return replace(second, catalog=first.catalog)
     made: dict[str, tuple[list[Copy], list[Fill], list[Literal]]] = defaultdict(
         lambda: ([], [], [])
     )

@@ -6,7 +6,7 @@ bytes (`unit` is `U8`), and whatever splits them must do so on whole bytes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from types import MappingProxyType
 from typing import Any
@@ -24,16 +24,16 @@ class Dtype:
     numpy: str  # name in numpy or ml_dtypes; "uint8" where elements are packed
     torch: str | None  # attribute of the module torch; None where torch 2.13 has none
     floating: bool = False  # a plain float of 16 bits or more: what `--dtype` converts
+    # Bytes of one element; 1 for packed types, whose unit is the byte. Asked for millions of times.
+    itemsize: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "itemsize", max(1, self.bits // 8))
 
     @property
     def packed(self) -> bool:
         """Whether several elements share a byte."""
         return self.bits < 8
-
-    @property
-    def itemsize(self) -> int:
-        """Bytes of one element; 1 for packed types, whose unit is the byte."""
-        return max(1, self.bits // 8)
 
     def nbytes(self, elements: int) -> int:
         """Bytes of `elements` elements; ValueError where they do not fill whole bytes."""

@@ -107,7 +107,7 @@ class _Run:
                 # One more can go on, and calls the next one in its turn.
                 if self.waiting:
                     self.free.notify()
-                else:
+                elif self.hired - self.left < self.most:
                     self.alert.set()
         return _Turn(read, views, room)
 
@@ -127,10 +127,15 @@ class _Run:
             # thread that wakes up for nothing takes the processor from one that copies.
             self.busy -= 1
 
-    def hire(self, most: int) -> bool:
-        """Count one more worker; False where none is needed now, or there are `most`."""
+    @property
+    def most(self) -> int:
+        """How many workers there may be now."""
+        return min(self.reader.threads, self.reader.limit)
+
+    def hire(self) -> bool:
+        """Count one more worker; False where none is needed now."""
         with self.lock:
-            enough = self.hired - self.left >= min(most, self.reader.limit) or self.waiting
+            enough = self.hired - self.left >= self.most or self.waiting
             if enough or self.idle.is_set() or self.next == len(self.reads):
                 return False
             self.hired += 1
@@ -184,7 +189,7 @@ def execute(
         # Not worker.join: in Python 3.11 an interrupt there makes a running thread look finished.
         while not run.idle.is_set():
             run.alert.clear()
-            while run.hire(reader.threads):
+            while run.hire():
                 name = f"shardstate-{len(workers)}"
                 worker = threading.Thread(
                     target=_work, args=(run, storage, target), name=name, daemon=True

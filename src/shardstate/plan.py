@@ -90,6 +90,7 @@ class Plan:
     # Row of `tensors` → the operation that computed some of its elements from weights. Those are
     # literals while they are known, and undefined in a plan that was read from provenance.
     opaque: Mapping[int, str] = field(repr=False, default_factory=dict)
+    identity: bool = False  # made by `plan_identity`: each tensor as it is stored
 
     def __len__(self) -> int:
         return len(self.source)
@@ -280,13 +281,36 @@ def plan_shares(catalog: Catalog, kinds: Sequence[Kind], *, rank: Rank, dtype: s
 
 def plan_identity(catalog: Catalog) -> Plan:
     """Return the plan that takes each tensor of `catalog` as it is stored."""
-    copies = []
-    for row in range(len(catalog)):
-        dtype = DTYPES[catalog.dtypes[row]]
-        size = catalog.nbytes(row) // dtype.itemsize
-        unit = "U8" if dtype.packed else dtype.tag
-        copies.append(Copy(row, row, unit, unit, Move(0, 0, canonical([(size, 1, 1)]))))
-    return make_plan(catalog, Tensors(catalog.names, catalog.dtypes, catalog.shapes), copies)
+    tags: dict[str, int] = {}
+    unit = [
+        tags.setdefault("U8" if DTYPES[tag].packed else tag, len(tags)) for tag in catalog.dtypes
+    ]
+    sizes = np.array(
+        [catalog.nbytes(row) // DTYPES[tag].itemsize for row, tag in enumerate(catalog.dtypes)],
+        dtype=np.int64,
+    )
+    rows = np.flatnonzero(sizes).astype(np.int32)
+    sizes, units = sizes[rows], np.array(unit, dtype=np.int16)[rows]
+    looped = sizes != 1
+    loops = np.ones((int(looped.sum()), 3), dtype=np.int64)
+    loops[:, 0] = sizes[looped]
+    zero = np.zeros(len(rows), dtype=np.int64)
+    return Plan(
+        catalog,
+        Tensors(catalog.names, catalog.dtypes, catalog.shapes),
+        tuple(tags),
+        rows,
+        rows,
+        units,
+        units,
+        zero,
+        zero,
+        np.append(0, np.cumsum(looped)),
+        loops,
+        (),
+        (),
+        identity=True,
+    )
 
 
 def faults(plan: Plan) -> list[str]:

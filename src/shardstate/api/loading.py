@@ -33,6 +33,7 @@ from shardstate.errors import (
     OutOfMemory,
     UsageError,
 )
+from shardstate.garbage import without_collection
 from shardstate.report import Phases, Problem, Report
 from shardstate.signing import checking_key
 from shardstate.storage import Access
@@ -232,7 +233,7 @@ def load_rank(
                         f"reads nothing; leave verify out, and shard an ordinary checkpoint first"
                     )
             layout = resolved_layout(checkpoint, layout, request, phases)
-            with phases("plan"):
+            with phases("plan"), without_collection():
                 made = rank_plan(checkpoint, rank, tp=tp, layout=layout, request=request)
                 reads = (
                     []

@@ -53,6 +53,7 @@ _log = logging.getLogger("shardstate")
 
 PIECE_BYTES = BLOCK_BYTES  # so that pieces of contiguous tensors are whole digest blocks
 READ_BYTES = PIECE_BYTES
+LONG_READ_BYTES = 16 << 20  # of what takes no memory on its way
 _GRAIN_BYTES = 64 << 10
 _MAX_RULES_BYTES = 16 << 20
 
@@ -217,18 +218,20 @@ def reads_of(
     A thread holds what it reads, and as much again when that is moved, cast or grows by a cast.
     A local storage may choose to let as many as `MOST_THREADS` work. `traits` are those of the
     storage that is read. `direct`: what is contiguous goes straight to its destination, so that
-    it takes no memory, and a storage that is far away may be asked for more at once.
+    it takes no memory, and more may be asked for at once.
     """
-    share = STAGING_BYTES // (threads if traits.remote else max(threads, MOST_THREADS))
-    most = traits.chunk_bytes or READ_BYTES
-    read_bytes = min(most, max(share // _GRAIN_BYTES, 1) * _GRAIN_BYTES)
+    workers = threads if traits.remote else max(threads, MOST_THREADS)
+    share = STAGING_BYTES // workers
+    most = traits.chunk_bytes or LONG_READ_BYTES
+    read_bytes = min(most, READ_BYTES, max(share // _GRAIN_BYTES, 1) * _GRAIN_BYTES)
     return plan_reads(
         plans,
         in_dest_order=in_dest_order,
         piece_bytes=min(PIECE_BYTES, read_bytes),
         read_bytes=read_bytes,
         max_gap_bytes=traits.max_gap_bytes,
-        direct_bytes=most if direct and traits.remote else 0,
+        direct_bytes=min(most, LONG_READ_BYTES) if direct else 0,
+        workers=workers,
         wanted=wanted,
     )
 

@@ -77,8 +77,10 @@ class AdaptiveReader:
         All of them or `TruncatedFile`.
         """
         cached, nbytes = 0, total(views)
-        if self._asked is not True and self._hits >= _SURE_HITS:
-            # So much was cached that asking first would cost more than it can save.
+        # Where so much was cached, asking first would cost more than it can save.
+        if self._asked is not True and (
+            self._hits >= _SURE_HITS or self._was_cached(name, begin, begin + nbytes)
+        ):
             cached = self._storage.read_resident(name, begin, views)
             if cached == nbytes:
                 self._hits += 1

@@ -48,13 +48,15 @@ class Resident:
         if cells[-1] not in self._seen or cells[0] not in self._seen:
             first = cells[0] // self._CELLS * self._CELLS
             last = cells[-1] // self._CELLS * self._CELLS + self._CELLS
+            whole = self._ask(first, last)  # most are there or not as one
             for cell in range(first, last):
                 if cell not in self._seen:
-                    self._seen[cell] = self._ask(cell)
+                    self._seen[cell] = whole or self._ask(cell, cell + 1)
         return all(self._seen[cell] for cell in cells)
 
-    def _ask(self, cell: int) -> bool:
-        begin, end = cell * self._CELL, min((cell + 1) * self._CELL, self._nbytes)
+    def _ask(self, cell: int, last: int) -> bool:
+        """Return whether all of the cells from `cell` up to `last` are resident."""
+        begin, end = cell * self._CELL, min(last * self._CELL, self._nbytes)
         if self._probe is None or begin >= end:
             return False
         try:

@@ -28,6 +28,7 @@ from shardstate.compose import compose_plans
 from shardstate.dtypes import DTYPES
 from shardstate.engine import Progress, execute
 from shardstate.errors import LoadError, UsageError
+from shardstate.garbage import without_collection
 from shardstate.layout import Move, canonical
 from shardstate.plan import Copy, Plan, make_plan
 from shardstate.report import Phases, Report
@@ -128,7 +129,7 @@ def load_place(
     with phases("open"):
         report = describe_checkpoint(checkpoint)
         index = _index(checkpoint, place)
-    with phases("plan"):
+    with phases("plan"), without_collection():
         width = place.tp if checkpoint.catalog is not None else None
         request = Request(tp=place.tp, rules=rules)
         made = rank_plan(checkpoint, index, tp=width, layout="rules", request=request)

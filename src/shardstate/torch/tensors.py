@@ -39,13 +39,17 @@ def stored_shape(tensor: torch.Tensor) -> Shape:
 
 def is_writable(tensor: torch.Tensor) -> bool:
     """Whether each element has memory of its own that holds its value as it is."""
+    if tensor.is_neg() or tensor.is_conj():
+        return False
+    if tensor.is_contiguous():
+        return True
     reach = 0  # from the first element to the last, of the axes seen so far
     axes = zip(tensor.stride(), tensor.shape, strict=True)
     for stride, size in sorted((int(stride), size) for stride, size in axes if size > 1):
         if stride <= reach:
             return False
         reach += (size - 1) * stride
-    return not tensor.is_neg() and not tensor.is_conj()
+    return True
 
 
 def check_plain(tensors: Mapping[str, torch.Tensor]) -> None:
@@ -71,6 +75,8 @@ def check_plain(tensors: Mapping[str, torch.Tensor]) -> None:
 
 def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
     """Return the bytes from a tensor's first element to its last, as flat uint8 over its memory."""
+    if tensor.is_contiguous() and not tensor.is_neg() and not tensor.is_conj():
+        return tensor.reshape(-1).view(torch.uint8)
     width = tensor.element_size()
     begin = int(tensor.storage_offset()) * width
     raw = torch.empty(0, dtype=torch.uint8, device=tensor.device)
@@ -88,6 +94,8 @@ def extent_of(tensor: torch.Tensor) -> int:
 
 def loops_of(tensor: torch.Tensor, shape: Sequence[int]) -> list[Loop]:
     """Return row-major elements of `shape` → the leading corner of `tensor`, as loops."""
+    if tensor.is_contiguous() and tuple(shape) == tensor.shape:
+        return [(tensor.numel(), 1, 1)]
     rows = strides_of(tuple(shape))
     return [
         (n, row, int(stride)) for n, row, stride in zip(shape, rows, tensor.stride(), strict=True)
