@@ -93,6 +93,36 @@ def test_any_range_into_memory_anywhere(folder, content, wish, begin, nbytes):
         reader.close()
 
 
+@pytest.mark.parametrize("wish", [None, True, False])
+@pytest.mark.parametrize("state", ["cached", "dropped", "sure"])
+def test_what_has_arrived_is_told_while_it_is_there(folder, content, wish, state):
+    begin, nbytes = 4096, SIZE - 5000
+    goal = np.zeros(nbytes, dtype=np.uint8)
+    told = []
+
+    def arrived(count):
+        at = told[-1] if told else 0
+        assert np.array_equal(goal[at:count], content[begin + at : begin + count])
+        told.append(count)
+
+    with LocalStorage(folder, reading=Reading(direct=wish)) as storage:
+        reader = storage.reader(2)
+        if state == "dropped":
+            drop(folder / "a")
+        else:
+            (folder / "a").read_bytes()
+        if state == "sure":
+            for _ in range(5):
+                reader.read_into("a", 0, [memoryview(bytearray(4096))])
+        views = [goal[: nbytes // 3].data, goal[nbytes // 3 :].data]
+        reader.read_into("a", begin, views, arrived)
+        reader.close()
+    assert told == sorted(told)
+    assert told[-1] == nbytes
+    assert len(told) > 2
+    assert reader.read_into("a", 0, [], arrived) == 0
+
+
 def test_what_is_cached_is_told(folder, content):
     with LocalStorage(folder) as storage:
         reader = storage.reader(2)

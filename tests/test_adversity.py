@@ -77,16 +77,17 @@ def after_reads(monkeypatch):
     """Lets something happen before the k-th read of weights; counts from 1."""
 
     def arrange(number, what):
-        monkeypatch.setattr(planning, "READ_BYTES", 4096)  # several reads of small files
+        for name in ("READ_BYTES", "LONG_READ_BYTES"):  # several reads of small files
+            monkeypatch.setattr(planning, name, 4096)
         original, left, lock = AdaptiveReader.read_into, [number], threading.Lock()
 
-        def read_into(self, name, begin, views):
+        def read_into(self, name, begin, views, arrived=None):
             if name.endswith(".safetensors") and begin > 8:
                 with lock:
                     left[0] -= 1
                     if not left[0]:
                         what()
-            return original(self, name, begin, views)
+            return original(self, name, begin, views, arrived)
 
         monkeypatch.setattr(AdaptiveReader, "read_into", read_into)
         return left
@@ -162,11 +163,11 @@ import os, sys, threading
 import shardstate
 from shardstate.storage.adaptive import AdaptiveReader
 original, count = AdaptiveReader.read_into, [0]
-def read_into(self, name, begin, views):
+def read_into(self, name, begin, views, arrived=None):
     count[0] += 1
     if count[0] == 2:
         os.truncate({str(path / WEIGHTS)!r}, 100_000)
-    return original(self, name, begin, views)
+    return original(self, name, begin, views, arrived)
 AdaptiveReader.read_into = read_into
 try:
     shardstate.load({str(path)!r}, rank=0, tp=1)

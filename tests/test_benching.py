@@ -56,9 +56,9 @@ def test_the_caller_decides_how_the_engine_reads(folder, monkeypatch):
     sizes = []
     real = AdaptiveReader.read_into
 
-    def read_into(reader, name, begin, views):
+    def read_into(reader, name, begin, views, arrived=None):
         sizes.append(sum(view.nbytes for view in views))
-        return real(reader, name, begin, views)
+        return real(reader, name, begin, views, arrived)
 
     monkeypatch.setattr(AdaptiveReader, "read_into", read_into)
     access = Access(reading=Reading(threads=3, chunk_bytes=64 << 10))

@@ -24,10 +24,10 @@ def asked(monkeypatch):
     found = {"readings": set(), "sizes": []}
     real = AdaptiveReader.read_into
 
-    def read_into(reader, name, begin, views):
+    def read_into(reader, name, begin, views, arrived=None):
         found["readings"].add((reader._storage.reading, reader.threads))
         found["sizes"].append(sum(view.nbytes for view in views))
-        return real(reader, name, begin, views)
+        return real(reader, name, begin, views, arrived)
 
     monkeypatch.setattr(AdaptiveReader, "read_into", read_into)
     return found

@@ -22,7 +22,7 @@ from shardstate.coalesce import Read
 from shardstate.errors import OutOfMemory
 from shardstate.meter import MemoryMeter
 from shardstate.storage import Reader, Storage
-from shardstate.targets import Target
+from shardstate.targets import Direct, Target
 
 MEMORY_BYTES = 256 << 20  # beyond the destination, for all threads together
 # What is read and does not go straight into its destination: as much again is there when it is put
@@ -48,7 +48,7 @@ class _Turn(NamedTuple):
     """A read that a worker has taken, and the memory that its bytes go to."""
 
     read: Read
-    views: Sequence[memoryview] | None  # the destination; None: it must be staged
+    direct: Direct | None  # None: it must be staged
     room: np.ndarray | None  # staging memory of an earlier read
 
 
@@ -84,11 +84,9 @@ class _Run:
         with self.free:
             while not self.stopped.is_set() and self.next < len(self.reads):
                 read = self.reads[self.next]
-                views: Sequence[memoryview] | None = ()
-                if read.file is not None:
-                    views = _direct_views(read, self.target)
+                direct = self.target.direct(read)
                 # Staging memory goes to reads in their order: later ones may wait for earlier ones.
-                staged = read.nbytes if views is None else 0
+                staged = read.nbytes if direct is None else 0
                 fits = not self.held or self.held + staged <= STAGING_BYTES
                 if self.busy < self.reader.limit and (fits or not staged):
                     break
@@ -109,7 +107,7 @@ class _Run:
                     self.free.notify()
                 elif self.hired - self.left < self.most:
                     self.alert.set()
-        return _Turn(read, views, room)
+        return _Turn(read, direct, room)
 
     def done(self, read: Read, room: np.ndarray | None, cached: int) -> None:
         """Count a read that was carried out, and let another one begin, perhaps in its `room`."""
@@ -228,17 +226,19 @@ def _work(run: _Run, storage: Storage, target: Target) -> None:
     turn: _Turn | None = None
     try:
         while (turn := run.take()) is not None:
-            read, views, room = turn
+            read, direct, room = turn
             staged, cached = None, 0
-            if views is None:
-                # As far from a page as in the file: what O_DIRECT wants, without a copy.
-                first = read.begin % PAGE_BYTES
-                if room is None or len(room) < first + read.nbytes:
-                    room = staging_buffer(PAGE_BYTES + read.nbytes)
-                staged = room[first : first + read.nbytes]
-                views = [staged.data]
             if read.file is not None:
-                cached = run.reader.read_into(read.file, read.begin, views)
+                if direct is None:
+                    # As far from a page as in the file: what O_DIRECT wants, without a copy.
+                    first = read.begin % PAGE_BYTES
+                    if room is None or len(room) < first + read.nbytes:
+                        room = staging_buffer(PAGE_BYTES + read.nbytes)
+                    staged = room[first : first + read.nbytes]
+                    direct = Direct([staged.data], None)
+                cached = run.reader.read_into(read.file, read.begin, direct.views, direct.arrived)
+                if direct.arrived is not None:
+                    direct.arrived(read.nbytes)
             if run.stopped.is_set():
                 return
             target.accept(read, staged)
@@ -263,17 +263,3 @@ def _named(error: MemoryError, turn: _Turn | None, storage: Storage) -> MemoryEr
     )
     named.__cause__ = error
     return named
-
-
-def _direct_views(read: Read, target: Target) -> list[memoryview] | None:
-    """Return memory for the whole of `read`, gaps included, or None where it must be staged."""
-    views: list[memoryview] = []
-    at = read.begin
-    for piece in read.pieces:
-        if piece.begin < at or (view := target.direct(piece)) is None:
-            return None
-        if piece.begin > at:
-            views.append(memoryview(bytearray(piece.begin - at)))
-        views.append(view)
-        at = piece.end
-    return views

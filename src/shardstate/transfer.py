@@ -20,6 +20,7 @@ from shardstate.header import Header
 from shardstate.layout import Move
 from shardstate.manifest import PartEntry
 from shardstate.storage import Output, Storage, Writable
+from shardstate.targets import Direct
 
 _SPAN_BYTES = BLOCK_BYTES
 _TRIES = 4  # reading what came with a wrong digest
@@ -94,7 +95,7 @@ class _Checked:
         # By slot, where each group of spans begins.
         self._spans = [{group[0].begin: group for group in _groups(f.spans)} for f in files]
 
-    def direct(self, piece: Piece) -> memoryview | None:
+    def direct(self, read: Read) -> Direct | None:
         return None
 
     def _wrong(self, read: Read, data: memoryview) -> Span | None:

@@ -83,13 +83,13 @@ def test_a_file_that_is_overwritten_while_it_is_read_is_named(
         shutil.copytree({"ordinary": llama, "vllm": offline}[layout], path)
     original, done = AdaptiveReader.read_into, []
 
-    def read_into(self, name, begin, views):
+    def read_into(self, name, begin, views, arrived=None):
         if name.endswith(".safetensors") and begin > 8 and not done:
             done.append(name)
             with open(path / name, "r+b") as file:
                 file.seek(-1, os.SEEK_END)
                 file.write(b"\x55")
-        return original(self, name, begin, views)
+        return original(self, name, begin, views, arrived)
 
     monkeypatch.setattr(AdaptiveReader, "read_into", read_into)
     with pytest.raises(ChangedFile) as error:

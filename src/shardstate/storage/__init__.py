@@ -1,6 +1,7 @@
 """Storages: bytes by name and range, in a local directory, an object store or behind https."""
 
 from shardstate.storage.base import (
+    Arrived,
     Entry,
     Output,
     PlainReader,
@@ -26,6 +27,7 @@ from shardstate.storage.locate import (
 __all__ = [
     "TIMEOUT_SECONDS",
     "Access",
+    "Arrived",
     "Entry",
     "LocalStorage",
     "Output",

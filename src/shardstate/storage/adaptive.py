@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from shardstate.buffers import PAGE_BYTES, Rooms
+from shardstate.storage.base import Arrived
 from shardstate.storage.direct import DirectFile, alignment_of
 from shardstate.storage.pacing import Pacer, Way
 from shardstate.storage.residency import Resident, probe_of
@@ -34,6 +35,8 @@ MOST_THREADS = 16
 _DIRECT = (Way(MOST_THREADS, True), Way(8, True, 4 << 20), Way(4, True))
 _BUFFERED = (Way(2, False), Way(8, False, 4 << 20))
 _UNIT_BYTES = 1 << 20  # looked at together, where no way was chosen yet
+# Where somebody looks at what arrives: it is in the processor's cache still.
+_FOLLOWED_BYTES = 512 << 10
 _SURE_HITS = 4  # reads in a row that found all cached: the next one is taken for such a one
 _MANY_HITS = 32  # reads in a row that found all cached: reading ahead does not do that
 _LOOK_SECONDS = 0.2  # how often others are looked for
@@ -71,17 +74,25 @@ class AdaptiveReader:
             return self._threads
         return pacer.way.threads
 
-    def read_into(self, name: str, begin: int, views: Sequence[memoryview]) -> int:
+    def read_into(
+        self,
+        name: str,
+        begin: int,
+        views: Sequence[memoryview],
+        arrived: Arrived | None = None,
+    ) -> int:
         """Fill `views`, one after the other, from byte `begin` on; return the bytes cached before.
 
-        All of them or `TruncatedFile`.
+        All of them or `TruncatedFile`. Tells `arrived` while it goes on.
         """
-        cached, nbytes = 0, total(views)
+        first, cached, nbytes = begin, 0, total(views)
+        if not nbytes:
+            return 0
         # Where so much was cached, asking first would cost more than it can save.
         if self._asked is not True and (
             self._hits >= _SURE_HITS or self._was_cached(name, begin, begin + nbytes)
         ):
-            cached = self._storage.read_resident(name, begin, views)
+            cached = self._read_resident(name, begin, views, arrived)
             if cached == nbytes:
                 self._hits += 1
                 return cached
@@ -94,8 +105,26 @@ class AdaptiveReader:
             cached += self._read(name, begin, part)
             done = total(part)
             begin, views = begin + done, rest_of(views, done)
+            if arrived is not None:
+                arrived(begin - first)
         self._hits = self._hits + 1 if cached == nbytes else 0
         return cached
+
+    def _read_resident(
+        self, name: str, begin: int, views: Sequence[memoryview], arrived: Arrived | None
+    ) -> int:
+        """Read what the page cache holds from there on; return how much that was."""
+        if arrived is None:
+            return self._storage.read_resident(name, begin, views)
+        done = found = asked = 0
+        while views and found == asked:
+            part = first_of(views, _FOLLOWED_BYTES)
+            asked = total(part)
+            found = self._storage.read_resident(name, begin + done, part)
+            done += found
+            arrived(done)
+            views = rest_of(views, found)
+        return done
 
     def _read(self, name: str, begin: int, views: Sequence[memoryview]) -> int:
         """Read what was cached from there, else the way that the pacer says; return how much was

@@ -43,6 +43,9 @@ class Reading:
     chunk_bytes: int | None = None  # the most that one request asks for
 
 
+Arrived = Callable[[int], None]  # bytes that are there now, from the first one on
+
+
 class Reader(Protocol):
     """Reads for one execution; it may choose the way while it runs, from what it sees."""
 
@@ -53,8 +56,17 @@ class Reader(Protocol):
         """How many reads are to be in flight now."""
         ...
 
-    def read_into(self, name: str, begin: int, views: Sequence[memoryview]) -> int:
-        """Do what the storage's `read_into` does; return how many bytes a cache here held."""
+    def read_into(
+        self,
+        name: str,
+        begin: int,
+        views: Sequence[memoryview],
+        arrived: Arrived | None = None,
+    ) -> int:
+        """Do what the storage's `read_into` does; return how many bytes a cache here held.
+
+        `arrived` may be told, now and then, how much of it is there.
+        """
         ...
 
     def stop(self) -> None:
@@ -76,7 +88,13 @@ class PlainReader:
     def limit(self) -> int:
         return self.threads
 
-    def read_into(self, name: str, begin: int, views: Sequence[memoryview]) -> int:
+    def read_into(
+        self,
+        name: str,
+        begin: int,
+        views: Sequence[memoryview],
+        arrived: Arrived | None = None,
+    ) -> int:
         self._storage.read_into(name, begin, views)
         return 0
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-from shardstate.storage.base import PlainReader, Reader, Reading, Storage
+from shardstate.storage.base import Arrived, PlainReader, Reader, Reading, Storage
 from shardstate.storage.pacing import Pacer, Way
 from shardstate.storage.views import total
 
@@ -38,7 +38,13 @@ class PacedReader(PlainReader):
     def limit(self) -> int:
         return self._pacer.way.threads
 
-    def read_into(self, name: str, begin: int, views: Sequence[memoryview]) -> int:
+    def read_into(
+        self,
+        name: str,
+        begin: int,
+        views: Sequence[memoryview],
+        arrived: Arrived | None = None,
+    ) -> int:
         way, began = self._pacer.way, time.perf_counter()
         super().read_into(name, begin, views)
         now = time.perf_counter()

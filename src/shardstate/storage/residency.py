@@ -43,7 +43,7 @@ class Resident:
         self._seen: dict[int, bool] = {}  # cell → whether all of it was resident
 
     def __call__(self, begin: int, end: int) -> bool:
-        """Return whether all that lies around bytes `[begin, end)` was resident."""
+        """Return whether all that lies around bytes `[begin, end)`, one or more, was resident."""
         cells = range(begin // self._CELL, (end - 1) // self._CELL + 1)
         if cells[-1] not in self._seen or cells[0] not in self._seen:
             first = cells[0] // self._CELLS * self._CELLS

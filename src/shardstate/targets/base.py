@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import threading
-from typing import Protocol
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from shardstate.buffers import aligned
 from shardstate.coalesce import Piece, Read, Segment
 from shardstate.dtypes import DTYPES, cast_array, numpy_dtype
+from shardstate.storage import Arrived
+
+
+class Direct(NamedTuple):
+    """The memory of a whole read: the destination of each of its pieces, and what lies between."""
+
+    views: Sequence[memoryview]
+    arrived: Arrived | None  # who wants to hear how much is there, in the thread that reads
 
 
 class Target(Protocol):
@@ -18,12 +27,12 @@ class Target(Protocol):
     Reads are begun in the order in which `plan_reads` gave them.
     """
 
-    def direct(self, piece: Piece) -> memoryview | None:
-        """Return the memory that a contiguous piece without cast may be read straight into."""
+    def direct(self, read: Read) -> Direct | None:
+        """Return the memory that `read` may go straight to; None: it has to be staged."""
         ...
 
     def accept(self, read: Read, staged: np.ndarray | None) -> None:
-        """Take the bytes of `read`, or None where each piece was read into its `direct` memory.
+        """Take the bytes of `read`, or None where they went into its `direct` memory.
 
         A read of constants comes with `staged` None.
         """

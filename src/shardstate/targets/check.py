@@ -14,7 +14,7 @@ from shardstate.coalesce import Piece, Read
 from shardstate.digest import BLOCK_BYTES
 from shardstate.dtypes import DTYPES
 from shardstate.storage import Storage
-from shardstate.targets.base import moved, spread
+from shardstate.targets.base import Direct, moved, spread
 from shardstate.targets.hashing import TensorHasher
 
 
@@ -24,7 +24,7 @@ class DigestTarget:
     def __init__(self, tensors: Sequence[Tensors]) -> None:
         self._hashers = [[TensorHasher(t.nbytes(r)) for r in range(len(t))] for t in tensors]
 
-    def direct(self, piece: Piece) -> memoryview | None:
+    def direct(self, read: Read) -> Direct | None:
         return None
 
     def accept(self, read: Read, staged: np.ndarray | None) -> None:
@@ -64,7 +64,7 @@ class CompareTarget:
         self.differences: list[Difference] = []
         self.bytes_read = 0
 
-    def direct(self, piece: Piece) -> memoryview | None:
+    def direct(self, read: Read) -> Direct | None:
         return None
 
     def accept(self, read: Read, staged: np.ndarray | None) -> None:

@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from shardstate.coalesce import ASSEMBLY_BYTES, Piece, Read
+from shardstate.coalesce import ASSEMBLY_BYTES, Read
 from shardstate.digest import BLOCK_BYTES, rank_file_digest
 from shardstate.manifest import PartEntry
 from shardstate.parts import PartFile
 from shardstate.storage import Output, Writable
-from shardstate.targets.base import Assembly, moved
+from shardstate.targets.base import Assembly, Direct, moved
 from shardstate.targets.hashing import TensorHasher
 
 # Neighbours in one file go out in one call, up to this: a model has thousands of small tensors.
@@ -78,7 +78,7 @@ class FilesTarget:
         for opened in self._open.values():
             opened.output.discard()
 
-    def direct(self, piece: Piece) -> memoryview | None:
+    def direct(self, read: Read) -> Direct | None:
         return None
 
     def accept(self, read: Read, staged: np.ndarray | None) -> None:

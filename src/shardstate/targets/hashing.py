@@ -84,10 +84,10 @@ class StoredDigests:
         self._lock = threading.Lock()
         self.seconds = 0.0  # that hashing took, of all threads together
 
-    def update(self, piece: Piece, arrived: np.ndarray) -> None:
-        """Hash the bytes that `piece` took from its file."""
+    def update(self, piece: Piece, begin: int, arrived: np.ndarray) -> None:
+        """Hash bytes of `piece`; `begin` is where in its file they begin."""
         began = time.perf_counter()
-        self._hashers[piece.source].update(piece.begin - piece.base, arrived)
+        self._hashers[piece.source].update(begin - piece.base, arrived)
         took = time.perf_counter() - began
         with self._lock:
             self.seconds += took

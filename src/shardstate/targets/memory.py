@@ -8,10 +8,11 @@ import numpy as np
 
 from shardstate.buffers import aligned
 from shardstate.catalog import Tensors
-from shardstate.coalesce import Piece, Read
+from shardstate.coalesce import Read
 from shardstate.dtypes import DTYPES, numpy_dtype
 from shardstate.errors import InputError
-from shardstate.targets.base import transfer
+from shardstate.storage import Arrived
+from shardstate.targets.base import Direct, transfer
 from shardstate.targets.hashing import StoredDigests
 
 
@@ -36,24 +37,49 @@ class MemoryTarget:
     def __init__(self, memory: Sequence[np.ndarray], *, digests: StoredDigests | None) -> None:
         self._memory, self._digests = memory, digests
 
-    def direct(self, piece: Piece) -> memoryview | None:
-        run = piece.direct_run
-        return None if run is None else self._memory[piece.dest][run[0] : run[1]].data
+    def direct(self, read: Read) -> Direct | None:
+        views: list[memoryview] = []
+        at = read.begin
+        for piece in read.pieces:
+            run = piece.direct_run
+            if run is None or piece.begin < at:
+                return None
+            if piece.begin > at:
+                views.append(memoryview(bytearray(piece.begin - at)))
+            views.append(self._memory[piece.dest][run[0] : run[1]].data)
+            at = piece.end
+        return Direct(views, None if self._digests is None else self._hashing(read, self._digests))
+
+    def _hashing(self, read: Read, digests: StoredDigests) -> Arrived:
+        """Return what hashes a direct read while it arrives."""
+        pieces = list(reversed(read.pieces))
+        at = read.begin  # all before is hashed
+
+        def arrived(nbytes: int) -> None:
+            nonlocal at
+            end = read.begin + nbytes
+            while pieces:
+                piece, run = pieces[-1], pieces[-1].direct_run
+                assert run is not None, "it is read directly"
+                first, last = max(at, piece.begin), min(end, piece.end)
+                if first < last:
+                    offset = run[0] - piece.begin
+                    memory = self._memory[piece.dest][offset + first : offset + last]
+                    digests.update(piece, first, memory)
+                if end < piece.end:
+                    break
+                pieces.pop()
+            at = end
+
+        return arrived
 
     def accept(self, read: Read, staged: np.ndarray | None) -> None:
         for piece in read.pieces:
-            memory = self._memory[piece.dest]
             if staged is not None or piece.value is not None:
-                transfer(piece, read, staged, memory)
-            if self._digests is None or piece.value is not None:
-                continue
-            if staged is not None:
+                transfer(piece, read, staged, self._memory[piece.dest])
+            if self._digests is not None and staged is not None:
                 arrived = staged[piece.begin - read.begin : piece.end - read.begin]
-            else:
-                run = piece.direct_run
-                assert run is not None, "it was read directly"
-                arrived = memory[run[0] : run[1]]
-            self._digests.update(piece, arrived)
+                self._digests.update(piece, piece.begin, arrived)
 
     def stop(self) -> None:
         if self._digests is not None:

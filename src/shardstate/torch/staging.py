@@ -14,7 +14,7 @@ import torch
 
 from shardstate.coalesce import Piece, Read
 from shardstate.dtypes import DTYPES
-from shardstate.targets import MemoryTarget, StoredDigests, Target
+from shardstate.targets import Direct, MemoryTarget, StoredDigests, Target
 from shardstate.targets.base import moved
 from shardstate.torch.tensors import bytes_of
 
@@ -53,7 +53,7 @@ class StagedTarget:
         self._digests = digests
         self._local = threading.local()
 
-    def direct(self, piece: Piece) -> memoryview | None:
+    def direct(self, read: Read) -> Direct | None:
         return None
 
     def accept(self, read: Read, staged: np.ndarray | None) -> None:
@@ -61,7 +61,7 @@ class StagedTarget:
             self._copy(piece, moved(piece, read, staged))
             if self._digests is not None and staged is not None:
                 arrived = staged[piece.begin - read.begin : piece.end - read.begin]
-                self._digests.update(piece, arrived)
+                self._digests.update(piece, piece.begin, arrived)
         for lane in self._lanes.values():
             lane.finish()  # nobody calls again after the last read
 
