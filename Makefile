@@ -61,8 +61,10 @@ bench: $(BENCH_VENV)/.ready $(VLLM_VENV)/.ready
 
 bench-stores: $(VENV)/.stores
 	@$(BIN)/pip install -q runai-model-streamer-s3
-	@$(BIN)/python bench/stores.py
-	@$(BIN)/python bench/farstore.py
+	@mkdir -p bench/out/results
+	@for script in stores farstore; do echo "bench/$$script.py"; \
+	  $(BIN)/python bench/$$script.py > bench/out/results/$$script.json || exit 1; done
+	@$(BIN)/python bench/report.py && echo docs/benchmarks.md
 
 clean:
 	rm -rf $(VENV) $(VLLM_VENV) $(BENCH_VENV) demo bench/out .fuzz

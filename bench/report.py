@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -271,6 +272,54 @@ def enginesave(result: Result) -> list[str]:
     ]
 
 
+def of_seconds(seconds: Mapping[str, list[float]], nbytes: int) -> list[str]:
+    """Return a table of ways to get so many bytes out of a store."""
+    figures = {
+        n: {"median": statistics.median(v), "min": min(v), "max": max(v)}
+        for n, v in seconds.items()
+    }
+    own = figures["shardstate"]
+    return table(
+        ("", "seconds", "GB/s", "shardstate is … times as fast"),
+        (
+            (
+                n,
+                cell(s),
+                f"{nbytes / s['median'] / 1e9:.2f}",
+                "" if n in ("shardstate", "reading alone") else versus(own, s, seconds=True),
+            )
+            for n, s in figures.items()
+        ),
+    )
+
+
+def stores(result: Result) -> list[str]:
+    return [
+        f"A rank of {result['bytes'] / 1e6:.0f} MB from SeaweedFS's S3 server on loopback, which"
+        f" shares the two cores, into memory that was written before; {result['rounds']} rounds."
+        " “Reading alone” is shardstate without opening and planning. Raw GETs drop what they"
+        " get; those with “If-Match, kept” name the version of the object, as each load must,"
+        " and copy what comes to its place.",
+        "",
+        *of_seconds(result["seconds"], result["bytes"]),
+        f"{result['times_raw']} of the best raw GETs, reading alone"
+        f" {result['reading_times_raw']}; of those that keep what they get"
+        f" {result['reading_times_kept']}. {result['times_runai']} times runai-model-streamer.",
+        "",
+    ]
+
+
+def farstore(result: Result) -> list[str]:
+    return [
+        f"A rank of {result['bytes'] / 1e9:.2f} GB from a web server on loopback that waits 40 ms"
+        " before each answer and sends it at 90 MB/s; each load is a process that knows nothing"
+        f" of it; {result['rounds']} rounds. Opening, where each file's size is asked for, and"
+        " planning are included; raw GETs need neither.",
+        "",
+        *of_seconds(result["seconds"], result["bytes"]),
+    ]
+
+
 def startup(result: Result) -> list[str]:
     parts = (f"{k}: {v}" for k, v in result.items() if k not in ("bench", "machine", "rounds"))
     return [f"Seconds: {'; '.join(parts)}.", ""]
@@ -289,6 +338,8 @@ SECTIONS: tuple[tuple[str, str, Callable[[Result], list[str]]], ...] = (
     ("catalog", "Opening a huge checkpoint", catalog),
     ("record", "Planning a huge model for vLLM", record),
     ("startup", "Starting", startup),
+    ("stores", "A rank from an S3 server nearby", stores),
+    ("farstore", "A rank from a store far away", farstore),
 )
 
 PICTURES: Mapping[str, Callable[[Result], str]] = {

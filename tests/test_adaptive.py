@@ -377,3 +377,9 @@ def test_nothing_stays_open(folder):
             reader.read_into("a", 0, [memoryview(bytearray(3 << 20))])
             reader.close()
     assert set(os.listdir("/proc/self/fd")) == before
+
+
+def test_what_another_thread_has_asked_in_part_is_asked_in_whole():
+    resident = residency.Resident(lambda begin, end: end - begin, 256 << 20)
+    resident._seen = {cell: True for cell in range(128) if cell != 63}
+    assert resident(62 << 20, 66 << 20)

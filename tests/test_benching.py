@@ -50,6 +50,8 @@ def test_what_a_person_reads(folder, capsys):
 def test_no_more_is_read_than_asked_for(folder):
     whole = api.bench(folder, rounds=1).bytes
     assert 0 < api.bench(folder, rounds=1, max_size=whole // 2).bytes <= whole // 2
+    # The first ones, and not small ones of every file, which a hub would have to send whole.
+    assert api.bench(folder, rounds=1, max_size=whole // 4).files == 1
 
 
 def test_the_caller_decides_how_the_engine_reads(folder, monkeypatch):

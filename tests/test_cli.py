@@ -41,10 +41,12 @@ COMMAND = [sys.executable, "-c", "from shardstate.cli import main; main()"]
 @pytest.fixture(autouse=True)
 def _root_logger():
     # Each run takes the root logger for itself, which would outlive the test's stderr.
-    root = logging.getLogger()
-    handlers, level = list(root.handlers), root.level
+    root, own = logging.getLogger(), logging.getLogger("shardstate")
+    handlers, levels = list(root.handlers), (root.level, own.level)
     yield
-    root.handlers[:], root.level = handlers, level
+    root.handlers[:] = handlers
+    root.setLevel(levels[0])
+    own.setLevel(levels[1])
 
 
 @pytest.fixture(scope="module")

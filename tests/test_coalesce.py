@@ -167,6 +167,14 @@ def test_what_goes_straight_into_its_destination_is_read_in_longer_reads() -> No
     assert [read.nbytes for read in reads_of([whole], **longer)] == [512] * 3 + [128] * 4
     assert [read.nbytes for read in reads_of([whole], **longer | {"direct": 0})] == [128] * 16
     assert max(read.nbytes for read in reads_of([columns], gap=8, **longer)) <= 128
+    # Gaps take memory, and so does what two tensors want, which cannot go straight to both.
+    catalog, _ = catalog_in_memory([(f"{i:02}", "U8", (100 if i % 2 else 4,)) for i in range(60)])
+    (apart,) = plans_of(catalog, [Replicate()] * 60, 1)
+    rows = frozenset(row for row, name in enumerate(apart.tensors.names) if int(name) % 2)
+    short = reads_of([apart], gap=8, wanted=[rows], piece=128, read=256, direct=2048)
+    assert 128 < max(read.nbytes for read in short) <= 256
+    twice = reads_of([whole, whole], **longer)
+    assert max(read.nbytes for read in twice) <= 128 + 2 * 128
 
 
 @given(worlds, limits, st.data())

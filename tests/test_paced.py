@@ -61,6 +61,18 @@ def catalog_of_one(nbytes):
     return catalog_of([("f", nbytes, header)], weight_map=None)
 
 
+def columns(nbytes):
+    """Return the plan of the first half of each row, which has to be staged."""
+    row = 1 << 20
+    rows, half = nbytes // row, row // 2
+    header = Header(("a",), ("U8",), ((rows, row),), (0,), (nbytes,), {}, 0)
+    return make_plan(
+        catalog_of([("f", nbytes, header)], weight_map=None),
+        Tensors(("a",), ("U8",), ((rows, half),)),
+        [Copy(0, 0, "U8", "U8", Move(0, 0, ((rows, row, half), (half, 1, 1))))],
+    )
+
+
 def load(store, nbytes, *, threads, plan=None):
     plan = plan or plan_identity(catalog_of_one(nbytes))
     arrays = allocate(plan.tensors)
@@ -99,6 +111,18 @@ def test_a_store_is_asked_for_as_much_at_once_as_it_serves_best(seconds, limit):
     assert store.most <= 8
 
 
+def test_what_memory_does_not_allow_is_not_credited():
+    """Twice as many requests are asked for, and half of them wait for staging memory."""
+    most = STAGING_BYTES // BLOCK_BYTES
+    store = Store("s3://bucket-credited", lambda busy: SECONDS * busy)
+    readers = []
+    store.reader = lambda threads: readers.append(PacedReader(store, threads)) or readers[-1]
+    load(store, 0, threads=most, plan=columns(2400 << 20))
+    assert most - 2 <= store.most <= most + 2
+    known = {way.threads: rate for way, rate in readers[0]._pacer.known.items()}
+    assert known[2 * most] < 1.3 * known[most]
+
+
 def test_a_number_that_a_caller_gives_is_kept():
     store = Store("s3://bucket-fixed")
     store.reading = Reading(threads=3)
@@ -112,18 +136,7 @@ def test_a_number_that_a_caller_gives_is_kept():
 def test_what_is_staged_keeps_to_its_budget_with_any_number_of_requests():
     store = Store("s3://bucket-staged")
     store.reading = Reading(threads=64)
-    rows, row = 512, 1 << 20
-    catalog = catalog_of(
-        [("f", rows * row, Header(("a",), ("U8",), ((rows, row),), (0,), (rows * row,), {}, 0))],
-        weight_map=None,
-    )
-    half = row // 2
-    columns = make_plan(
-        catalog,
-        Tensors(("a",), ("U8",), ((rows, half),)),
-        [Copy(0, 0, "U8", "U8", Move(0, 0, ((rows, row, half), (half, 1, 1))))],
-    )
-    load(store, 0, threads=64, plan=columns)
+    load(store, 0, threads=64, plan=columns(512 << 20))
     assert store.most_bytes <= STAGING_BYTES < MEMORY_BYTES
     assert 10 < store.most < 20
     direct = Store("s3://bucket-direct")

@@ -331,7 +331,8 @@ def read_header_bytes(storage: Storage, name: str) -> tuple[int, bytes]:
     storage.read_into(name, 0, [memoryview(first)])
     length = header_length(bytes(first[:PREFIX_BYTES]), file=name, file_bytes=size)
     rest = bytearray(max(0, PREFIX_BYTES + length - len(first)))
-    storage.read_into(name, len(first), [memoryview(rest)])
+    if rest:
+        storage.read_into(name, len(first), [memoryview(rest)])
     return size, bytes(first[: PREFIX_BYTES + length] + rest)
 
 
@@ -342,7 +343,11 @@ def for_each(
     if not storage.traits.remote or len(items) < 2:
         return [work(item) for item in items]
     with ThreadPoolExecutor(min(len(items), storage.traits.read_threads)) as pool:
-        return list(pool.map(work, items))
+        try:
+            return list(pool.map(work, items))
+        except KeyboardInterrupt:
+            storage.interrupt()  # else those who wait for the store are waited for
+            raise
 
 
 def open_checkpoint(storage: Storage, *, pattern: str | None) -> Checkpoint:

@@ -107,7 +107,7 @@ class Piece(NamedTuple):
     @property
     def direct_run(self) -> tuple[int, int] | None:
         """The [begin, end) bytes of the tensor that it can be read straight into, if there are."""
-        size = 1
+        size = 1  # asked of every piece: so not by `source_run` and `dest_run`, which take longer
         if self.move.loops:
             (size, source, dest), *inner = self.move.loops
             if inner or source != 1 or dest != 1:
@@ -179,8 +179,9 @@ def plan_reads(
     `in_dest_order`: by destination tensor, all plans in step, so that each output is one sequential
     stream; otherwise by file and offset. `wanted` limits each plan to some rows of its tensors.
     A read has at most `read_bytes`, and two pieces more where those overlap in the file; up to
-    `direct_bytes`, if that is more, where all of it can go straight into its destination, except
-    for the last ones: none of so many `workers` is to be left alone with a long one. Gaps of
+    `direct_bytes`, if that is more, where all of it can go straight into its destination and no gap
+    lies between, except for the last ones: none of so many `workers` is to be left alone with a
+    long one. Gaps of
     up to `max_gap_bytes` are read over, the smallest first, as far as `OVERREAD` allows. A segment
     has at most an equal share of `assembly_bytes` for each plan: where that is less than a
     transpose needs, the same bytes are read again for each segment.
@@ -211,23 +212,24 @@ def plan_reads(
     longer = direct_bytes > read_bytes
     left = sum(b - a for a, b in spans) - workers * direct_bytes if longer else 0
     start, begin, end = 0, 0, 0
-    direct = False  # whether all of the read so far can go straight into its destination
+    direct = False  # whether all of the read so far can go straight to its place, without a gap
     for i, (a, b) in enumerate(spans):
         also = longer and pieces[i].direct_run is not None
-        limit = direct_bytes if direct and also and left > 0 else read_bytes
+        long = direct and also and a == end and left > 0
         left -= b - a
         if i > start and (
             files[i] != files[start]
             or files[i] < 0
             or a < begin
             or (a > end and i not in bridged)
-            or max(b, end) - begin > (limit if a >= end else most)
+            or max(b, end) - begin > (direct_bytes if long else read_bytes if a >= end else most)
         ):
             reads.append(_read(names, files[start], begin, end, pieces[start:i]))
             start = i
         if i == start:
-            begin, end, direct = a, b, also
-        end, direct = max(end, b), direct and also
+            begin, end, direct = a, a, also
+        direct = direct and also and a == end
+        end = max(end, b)
     if spans:
         reads.append(_read(names, files[start], begin, end, pieces[start:]))
     return reads

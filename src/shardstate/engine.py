@@ -83,13 +83,13 @@ class _Run:
         """Return the next read once there is room for one more in flight; None: no more."""
         with self.free:
             while not self.stopped.is_set() and self.next < len(self.reads):
-                read = self.reads[self.next]
-                direct = self.target.direct(read)
-                # Staging memory goes to reads in their order: later ones may wait for earlier ones.
-                staged = read.nbytes if direct is None else 0
-                fits = not self.held or self.held + staged <= STAGING_BYTES
-                if self.busy < self.reader.limit and (fits or not staged):
-                    break
+                if self.busy < self.reader.limit:
+                    read = self.reads[self.next]
+                    direct = self.target.direct(read)
+                    # In the order of the reads, since later ones may wait for earlier ones.
+                    staged = read.nbytes if direct is None else 0
+                    if not staged or self._fits(read):
+                        break
                 self.waiting += 1
                 self.free.wait()
                 self.waiting -= 1
@@ -101,13 +101,19 @@ class _Run:
             room = self.spare.pop() if staged and self.spare else None
             if self.next == len(self.reads):
                 self.free.notify_all()  # nothing is left for those who wait
-            elif self.busy < self.reader.limit:
+            elif self.busy < self.reader.limit and (
+                direct is not None or self._fits(self.reads[self.next])
+            ):
                 # One more can go on, and calls the next one in its turn.
                 if self.waiting:
                     self.free.notify()
                 elif self.hired - self.left < self.most:
                     self.alert.set()
         return _Turn(read, direct, room)
+
+    def _fits(self, read: Read) -> bool:
+        """Whether there is staging memory for one more."""
+        return not self.held or self.held + read.nbytes <= STAGING_BYTES
 
     def done(self, read: Read, room: np.ndarray | None, cached: int) -> None:
         """Count a read that was carried out, and let another one begin, perhaps in its `room`."""
@@ -243,6 +249,7 @@ def _work(run: _Run, storage: Storage, target: Target) -> None:
                 return
             target.accept(read, staged)
             run.done(read, room, cached)
+            turn = None
     except BaseException as error:
         run.stop(_named(error, turn, storage) if isinstance(error, MemoryError) else error)
         target.stop()

@@ -2,6 +2,7 @@
 
 import http.server
 import json
+import logging
 import sys
 import threading
 from urllib.parse import parse_qs
@@ -95,14 +96,29 @@ def test_a_program_gives_the_credentials(url, profile, program, checkpoint):
     assert shardstate.verify(f"{url}-tp2", full=True).problems == ()
 
 
-def test_a_role_is_taken_on_with_the_keys_of_another_profile(url, profile, sts):
+def test_a_role_is_taken_on_with_the_keys_of_another_profile(url, profile, sts, capsys):
     keys = "aws_access_key_id = other\naws_secret_access_key = unseen"
     profile(f"role_arn = {ROLE}\nsource_profile = base", f"[profile base]\n{keys}")
     assert shardstate.load(url, rank=0, tp=1)
     assert sts
+    log = logging.getLogger("botocore.parsers")
+    assert run(["load", url, "--rank", "0", "--tp", "1", "--debug"]) == 0
+    assert not log.isEnabledFor(logging.DEBUG)
+    said = capsys.readouterr()
+    assert SECRET_KEY not in said.err + said.out
     for fields, authorization in sts:
         assert fields["RoleArn"] == [ROLE]
         assert "Credential=other/" in authorization
+
+
+def test_who_is_asked_is_asked_once(url, profile, tmp_path):
+    asked = tmp_path / "asked"
+    text = json.dumps({"Version": 1, "AccessKeyId": ACCESS_KEY, "SecretAccessKey": SECRET_KEY})
+    program = tmp_path / "counting.py"
+    program.write_text(f"open({str(asked)!r}, 'a').write('x')\nprint({text!r})")
+    profile(f"credential_process = {sys.executable} {program}")
+    shardstate.shard(url, f"{url}-tp2", tp=2)
+    assert asked.read_text() == "x"
 
 
 def test_a_program_that_fails_is_one_error_without_its_text(url, profile, program, capsys):

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from shardstate.api.planning import describe_checkpoint, open_path, reads_of
+from shardstate.api.planning import asked_for, describe_checkpoint, open_path, reads_of
 from shardstate.api.writing import parse_size
 from shardstate.catalog import Catalog
 from shardstate.checkpoint import Checkpoint
@@ -74,7 +74,7 @@ def bench(
         raise UsageError("bench measures what a store gives; leave the cache out")
     phases = Phases()
     notes: list[str] = []
-    with open_path(path, access=access) as checkpoint:
+    with open_path(path, access=asked_for(access, threads)) as checkpoint:
         with phases("open"):
             report = describe_checkpoint(checkpoint)
             plans = _chosen(checkpoint, parse_size(max_size))
@@ -120,19 +120,24 @@ def _measured(storage: Storage, plans: Sequence[Plan], notes: list[str]) -> Stor
 
 
 def _chosen(checkpoint: Checkpoint, limit: int) -> list[Plan]:
-    """Return plans that take tensors as they are stored, one for each rank, up to `limit` bytes."""
+    """Return plans that take tensors as they are stored, one for each rank, up to `limit` bytes.
+
+    The first that are not too large, one after the other: few files, where they must be fetched.
+    """
     catalogs = (
         [checkpoint.catalog]
         if checkpoint.catalog is not None
         else [checkpoint.rank_catalog(rank) for rank in checkpoint.ranks]
     )
-    plans = []
+    plans: list[Plan] = []
     for catalog in catalogs:
         rows = []
         for row in range(len(catalog)):
             if catalog.nbytes(row) <= limit:
                 limit -= catalog.nbytes(row)
                 rows.append(row)
+            elif rows or plans:
+                limit = 0
         if rows:
             plans.append(plan_identity(_part(catalog, rows)))
     if not any(len(plan) for plan in plans):

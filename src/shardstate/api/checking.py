@@ -9,6 +9,7 @@ from typing import cast
 
 from shardstate.api.loading import raise_damage
 from shardstate.api.planning import (
+    asked_for,
     open_path,
     reads_of,
     sizes_of,
@@ -61,6 +62,7 @@ def verify(
     """
     phases = Phases()
     report = Report(bytes_wanted=0)
+    access = asked_for(access, threads)
     public = checking_key(key) if key is not None else None
     expected = checked_digest(digest) if digest is not None else None
     figures: list[tuple[Counters, int]] = []  # of each pass, and what it read of the set beside
@@ -83,11 +85,8 @@ def verify(
         compared = target.bytes_read if isinstance(target, CompareTarget) else 0
         figures.append((counters, compared))
 
-    storage: Storage
-    if repair is False:
-        storage = storage_at(path, access or Access())
-    else:
-        storage = writable_in_place(path, access or Access())
+    opened = storage_at if repair is False else writable_in_place
+    storage: Storage = opened(path, access)
     source = None
     try:
         with phases("open"):

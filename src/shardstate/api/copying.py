@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 
-from shardstate.api.planning import describe_checkpoint, open_path
+from shardstate.api.planning import asked_for, describe_checkpoint, open_path
 from shardstate.api.writing import LOCAL_WRITE_THREADS, chosen_ranks, refuse_nested
 from shardstate.catalog import INDEX_NAME
 from shardstate.checkpoint import Checkpoint
@@ -92,7 +92,7 @@ def copy(
     is recorded there, so what lies at the target is compared with the source byte by byte.
     """
     phases = Phases()
-    with open_path(path, pattern=pattern, access=access) as checkpoint:
+    with open_path(path, pattern=pattern, access=asked_for(access, threads)) as checkpoint:
         source = checkpoint.storage
         with phases("open"):
             refuse_nested(checkpoint.location, out)

@@ -14,6 +14,7 @@ import numpy as np
 from shardstate.api.planners import Made, Request, by_rule, rank_plan, resolved_layout
 from shardstate.api.planning import (
     RulesArgument,
+    asked_for,
     describe_checkpoint,
     extra_notes,
     open_path,
@@ -216,7 +217,7 @@ def load_rank(
     verify = verify or public is not None
     with _damage_where(verify):
         phases = Phases()
-        with open_path(path, pattern=pattern, access=access) as checkpoint:
+        with open_path(path, pattern=pattern, access=asked_for(access, threads)) as checkpoint:
             workers = threads or checkpoint.storage.traits.read_threads
             with phases("open"):
                 if public is not None:

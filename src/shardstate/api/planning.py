@@ -6,6 +6,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib import resources
 from math import prod
 from pathlib import Path
@@ -74,6 +75,14 @@ def open_path(
     except InputError as error:
         storage.close()
         raise error.located(storage.location) from None
+
+
+def asked_for(access: Access | None, threads: int | None) -> Access:
+    """Return `access` with the number of reads in flight that a caller gives, if any."""
+    access = access or Access()
+    if threads is None:
+        return access
+    return replace(access, reading=replace(access.reading, threads=threads))
 
 
 def local_path(path: str | os.PathLike[str]) -> str:

@@ -14,6 +14,7 @@ import msgspec
 from shardstate.api.planners import Made, Request, by_rule, planner_of, resolved_layout
 from shardstate.api.planning import (
     RulesArgument,
+    asked_for,
     describe_checkpoint,
     nbytes_of,
     open_path,
@@ -95,7 +96,7 @@ def shard(
         tp=tp, pp=pp, rules=rules, dtype=dtype, pattern=pattern, engine_args=engine_args
     )
     Topology(tp, pp)  # refuses what cannot be
-    with open_path(path, access=access) as checkpoint:
+    with open_path(path, access=asked_for(access, threads)) as checkpoint:
         threads = threads or max(LOCAL_WRITE_THREADS, checkpoint.storage.traits.read_threads)
         with phases("open"):
             if checkpoint.catalog is None:

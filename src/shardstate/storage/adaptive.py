@@ -24,7 +24,7 @@ from shardstate.storage.direct import DirectFile, alignment_of
 from shardstate.storage.pacing import Pacer, Way
 from shardstate.storage.residency import Resident, probe_of
 from shardstate.storage.tries import Stopped
-from shardstate.storage.views import first_of, rest_of, total
+from shardstate.storage.views import first_of, parts_of, rest_of, total
 
 if TYPE_CHECKING:
     from shardstate.storage.local import LocalStorage
@@ -35,8 +35,8 @@ MOST_THREADS = 16
 _DIRECT = (Way(MOST_THREADS, True), Way(8, True, 4 << 20), Way(4, True))
 _BUFFERED = (Way(2, False), Way(8, False, 4 << 20))
 _UNIT_BYTES = 1 << 20  # looked at together, where no way was chosen yet
-# Where somebody looks at what arrives: it is in the processor's cache still.
-_FOLLOWED_BYTES = 512 << 10
+# Where somebody looks at what arrives: most of it is in the processor's cache still.
+_FOLLOWED_BYTES = 1 << 20
 _SURE_HITS = 4  # reads in a row that found all cached: the next one is taken for such a one
 _MANY_HITS = 32  # reads in a row that found all cached: reading ahead does not do that
 _LOOK_SECONDS = 0.2  # how often others are looked for
@@ -116,14 +116,13 @@ class AdaptiveReader:
         """Read what the page cache holds from there on; return how much that was."""
         if arrived is None:
             return self._storage.read_resident(name, begin, views)
-        done = found = asked = 0
-        while views and found == asked:
-            part = first_of(views, _FOLLOWED_BYTES)
-            asked = total(part)
+        done = 0
+        for part in parts_of(views, _FOLLOWED_BYTES):
             found = self._storage.read_resident(name, begin + done, part)
             done += found
             arrived(done)
-            views = rest_of(views, found)
+            if found < total(part):
+                break
         return done
 
     def _read(self, name: str, begin: int, views: Sequence[memoryview]) -> int:

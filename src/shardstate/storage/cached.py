@@ -20,9 +20,8 @@ from blake3 import blake3
 from shardstate.digest import digest_of
 from shardstate.errors import InputError
 from shardstate.names import OURS
-from shardstate.storage.base import Entry, Reader, Reading, Storage, Traits
+from shardstate.storage.base import Entry, PlainReader, Reader, Reading, Storage, Traits
 from shardstate.storage.oserrors import mapped_errors
-from shardstate.storage.paced import reader_of
 from shardstate.storage.views import total
 
 _log = logging.getLogger("shardstate")
@@ -207,7 +206,8 @@ class CachedStorage:
             return self._keys.get(name)
 
     def reader(self, threads: int) -> Reader:
-        return reader_of(self, threads, self._reading)
+        # Hits would be taken for the speed of the store.
+        return PlainReader(self, self._reading.threads or threads)
 
     def expect(self, files: Mapping[str, int]) -> None:
         self._storage.expect(files)

@@ -28,7 +28,7 @@ from shardstate.errors import (
     Unreachable,
     UsageError,
 )
-from shardstate.storage.base import Entry, Reader, Reading, Traits
+from shardstate.storage.base import Entry, PlainReader, Reader, Reading, Traits
 from shardstate.storage.cached import RangeCache, cache_key
 from shardstate.storage.clients import Address
 from shardstate.storage.local import LocalStorage
@@ -185,6 +185,8 @@ class HubStorage:
         here = self._local(self._expected)
         if here is not None:
             return here.reader(min(threads, here.traits.read_threads))
+        if self._kept is not None or any(self._snapshot(name) for name in self._expected):
+            return PlainReader(self, self._reading.threads or threads)  # it is not all the hub's
         return reader_of(self, threads, self._reading)
 
     def expect(self, files: Mapping[str, int]) -> None:

@@ -7,6 +7,7 @@ as many, and keeps to what was best.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Sequence
 
@@ -27,6 +28,8 @@ class PacedReader(PlainReader):
     def __init__(self, storage: Storage, threads: int) -> None:
         counts = dict.fromkeys((threads, min(2 * threads, _MOST_REQUESTS), max(threads // 2, 1)))
         super().__init__(storage, max(counts))
+        self._lock = threading.Lock()
+        self._busy = 0  # reads in flight
         self._pacer = Pacer(
             [Way(count, direct=False) for count in counts],
             _learnt.setdefault("/".join(storage.location.split("/")[:3]), {}),
@@ -45,10 +48,17 @@ class PacedReader(PlainReader):
         views: Sequence[memoryview],
         arrived: Arrived | None = None,
     ) -> int:
+        with self._lock:
+            self._busy += 1
+            busy = self._busy
         way, began = self._pacer.way, time.perf_counter()
         super().read_into(name, begin, views)
         now = time.perf_counter()
-        self._pacer.done(way, total(views), now - began, now)
+        with self._lock:
+            mean = (busy + self._busy) / 2
+            self._busy -= 1
+        # As if all of the way had been in flight, which memory for staging may not allow.
+        self._pacer.done(way, total(views), (now - began) * way.threads / mean, now)
         return 0
 
 

@@ -20,6 +20,8 @@ _AS_GOOD = 0.8  # a trial tells no finer: from this share of the best on, the fi
 _WATCH_BYTES = 256 << 20  # so often the choice is thought over
 _AGAIN_BYTES = 2 << 30  # so much after the last trial, another way is tried again
 
+_LOCK = threading.Lock()  # of all of them: they share what they know
+
 
 @dataclass(frozen=True, slots=True)
 class Way:
@@ -47,7 +49,6 @@ class Pacer:
     trial_bytes: int = TRIAL_BYTES
     warm_up: int = 3  # reads by each thread before the first trial
     way: Way = field(init=False)
-    _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
     _on_trial: bool = field(init=False)
     _warming: int = field(init=False)  # reads that ramp up, or began the way before
     _since: float = field(default=0.0, init=False)  # when the last of these ended; from then on:
@@ -56,13 +57,14 @@ class Pacer:
     _settled: int = field(default=0, init=False)  # bytes read since the last trial
 
     def __post_init__(self) -> None:
-        self.way = self._next()
+        with _LOCK:
+            self.way = self._next()
         # Threads start, and memory is touched for the first time.
         self._warming = self.warm_up * self.way.threads
 
     def done(self, way: Way, nbytes: int, seconds: float, now: float) -> None:
         """Hear that a read of `nbytes` took so long and ended at `now` (seconds of any clock)."""
-        with self._lock:
+        with _LOCK:
             if way != self.way:
                 return
             if self._warming:
@@ -76,7 +78,7 @@ class Pacer:
 
     def choose_from(self, ways: Sequence[Way]) -> None:
         """Keep to `ways` from now on."""
-        with self._lock:
+        with _LOCK:
             self.ways = ways
             if self.way not in ways:
                 self._try(self._next(), self._since)

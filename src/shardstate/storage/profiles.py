@@ -10,6 +10,7 @@ import configparser
 import importlib.util
 import os
 from collections.abc import Callable, Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,9 @@ _PROFILE_KEYS = {
     "role_arn": "role_arn",
     "role_session_name": "role_session_name",
 }
+_FILES = ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE", "HOME")
+# By profile and files, for as long as the process lives; they renew themselves.
+_providers: dict[tuple[str | None, ...], Callable[[], Any]] = {}
 _CREDENTIALS = (
     "access_key_id",
     "secret_access_key",
@@ -38,8 +42,9 @@ _CREDENTIALS = (
 def aws_options(environment: Mapping[str, str]) -> dict[str, str]:
     """Return the client's options that the environment's variables and the AWS profile give."""
     _, merged = _profile(environment)
+    indirect = _way_of(merged) is not None
     found = {_PROFILE_KEYS[key]: value for key, value in merged.items() if key in _PROFILE_KEYS}
-    if _has_credentials(environment) or indirect_profile(environment) is not None:
+    if _has_credentials(environment) or indirect:
         for option in _CREDENTIALS:
             found.pop(option, None)
     endpoint = environment.get("AWS_ENDPOINT_URL_S3") or environment.get("AWS_ENDPOINT_URL")
@@ -52,20 +57,26 @@ def aws_options(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def indirect_profile(environment: Mapping[str, str]) -> tuple[str, str] | None:
-    """Return a profile of AWS that says where to ask for credentials, and by what; None: no such.
-
-    In the order of AWS's own tools: a role, then single sign-on, keys, and a program.
-    """
+    """Return the profile of AWS if it says whom to ask for credentials, and by what; else None."""
     if _has_credentials(environment):
         return None
     profile, merged = _profile(environment)
-    if "role_arn" in merged:
+    way = _way_of(merged)
+    return None if way is None else (profile, way)
+
+
+def _way_of(profile: Mapping[str, str]) -> str | None:
+    """Return by what a profile gets its credentials, if not by what it says itself.
+
+    In the order of AWS's own tools: a role, then single sign-on, keys, and a program.
+    """
+    if "role_arn" in profile:
         ways = ["source_profile", "credential_source"]
     else:
         ways = ["sso_session", "sso_start_url"]
-    if not {"aws_access_key_id", "web_identity_token_file"} & merged.keys():
+    if not {"aws_access_key_id", "web_identity_token_file"} & profile.keys():
         ways.append("credential_process")
-    return next(((profile, way) for way in ways if way in merged), None)
+    return next((way for way in ways if way in profile), None)
 
 
 def profile_credentials(profile: str, way: str, *, where: str, seconds: float) -> Callable[[], Any]:
@@ -80,23 +91,33 @@ def profile_credentials(profile: str, way: str, *, where: str, seconds: float) -
             f"{what}, which needs boto3: pip install 'shardstate[aws]', or run "
             f'eval "$(aws configure export-credentials --format env)" first'
         )
-    import boto3
-    import botocore.session
-    from botocore.config import Config
-    from obstore.auth.boto3 import Boto3CredentialProvider
-
-    limits = Config(connect_timeout=seconds, read_timeout=seconds, retries={"max_attempts": 1})
+    key = (profile, *(os.environ.get(name) for name in _FILES))
     try:
-        session = botocore.session.Session(profile=profile)
-        session.set_default_client_config(limits)
-        provider = Boto3CredentialProvider(boto3.Session(botocore_session=session))
-        provider()  # what is wrong with it shows here, and not as a refusal of the store
+        if key not in _providers:  # whoever is asked for a code, is asked once
+            _providers[key] = _provider(profile, seconds)
+        return _providers[key]
     except Exception as error:
         # Not its text: that of a program may say anything, secrets too.
         raise StorageError(
             f"{what}, and there were none ({type(error).__name__}); run "
             f"aws sts get-caller-identity --profile {profile} to see why"
         ) from None
+
+
+def _provider(profile: str, seconds: float) -> Callable[[], Any]:
+    import boto3
+    import botocore.session
+    from botocore.config import Config
+    from obstore.auth.boto3 import Boto3CredentialProvider
+
+    limits = Config(connect_timeout=seconds, read_timeout=seconds, retries={"max_attempts": 1})
+    session = botocore.session.Session(profile=profile)
+    session.set_default_client_config(limits)
+    # botocore renews what has less than ten minutes to live: so long is what it gives good for.
+    provider = Boto3CredentialProvider(
+        boto3.Session(botocore_session=session), ttl=timedelta(minutes=10)
+    )
+    provider()  # what is wrong with it shows here, and not as a refusal of the store
     return provider
 
 

@@ -45,7 +45,7 @@ class Resident:
     def __call__(self, begin: int, end: int) -> bool:
         """Return whether all that lies around bytes `[begin, end)`, one or more, was resident."""
         cells = range(begin // self._CELL, (end - 1) // self._CELL + 1)
-        if cells[-1] not in self._seen or cells[0] not in self._seen:
+        if any(cell not in self._seen for cell in cells):
             first = cells[0] // self._CELLS * self._CELLS
             last = cells[-1] // self._CELLS * self._CELLS + self._CELLS
             whole = self._ask(first, last)  # most are there or not as one

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -31,6 +31,24 @@ def first_of(views: Sequence[memoryview], most: int) -> list[memoryview]:
         if not most:
             break
     return found
+
+
+def parts_of(views: Sequence[memoryview], most: int) -> Iterator[list[memoryview]]:
+    """Yield `views` in parts of `most` bytes."""
+    part: list[memoryview] = []
+    room = most
+    for view in views:
+        at = 0
+        while at < view.nbytes:
+            piece = view[at : at + room]
+            part.append(piece)
+            at += piece.nbytes
+            room -= piece.nbytes
+            if not room:
+                yield part
+                part, room = [], most
+    if part:
+        yield part
 
 
 def address_of(view: memoryview) -> int:

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 import numpy as np
 from blake3 import blake3
 
-from shardstate.coalesce import Piece
+from shardstate.coalesce import Piece, Read
 from shardstate.digest import BLOCK_BYTES, block_count
+from shardstate.storage import Arrived
 
 
 class TensorHasher:
@@ -58,6 +59,14 @@ class TensorHasher:
                 del self._hashers[block]
             _CONDITION.notify_all()
 
+    def closes(self, at: int) -> bool:
+        """Whether a block ends at byte `at` of the tensor."""
+        return at % BLOCK_BYTES == 0 or at == self._nbytes
+
+    def put(self, block: int, digest: str) -> None:
+        """Take the digest of a whole block."""
+        self._blocks[block] = digest
+
     def stop(self) -> None:
         """Let every thread that waits here give up."""
         with _CONDITION:
@@ -91,6 +100,47 @@ class StoredDigests:
         took = time.perf_counter() - began
         with self._lock:
             self.seconds += took
+
+    def following(self, read: Read, parts: Sequence[memoryview]) -> Arrived:
+        """Return what hashes a read while it arrives in `parts`, the memory of each piece.
+
+        Before it leaves the processor's cache; so the way of whole blocks, which all but few
+        pieces begin and end with, is short.
+        """
+        left = [
+            (piece.begin - read.begin, piece, part)
+            for piece, part in zip(read.pieces, parts, strict=True)
+        ]
+        left.reverse()
+        at = 0  # all before is hashed
+        hasher = blake3()
+
+        def arrived(nbytes: int) -> None:
+            nonlocal at, hasher
+            began = time.perf_counter()
+            while left:
+                first, piece, part = left[-1]
+                begin, end = max(at - first, 0), min(nbytes - first, len(part))
+                own = piece.begin - piece.base  # of the piece, in its tensor
+                if begin < end:
+                    whole = own % BLOCK_BYTES == 0 and len(part) <= BLOCK_BYTES
+                    if whole and self._hashers[piece.source].closes(own + len(part)):
+                        hasher.update(part[begin:end])
+                        if end == len(part):
+                            self._hashers[piece.source].put(own // BLOCK_BYTES, hasher.hexdigest())
+                            hasher = blake3()
+                    else:
+                        data = np.frombuffer(part[begin:end], dtype=np.uint8)
+                        self._hashers[piece.source].update(own + begin, data)
+                if end < len(part):
+                    break
+                left.pop()
+            at = nbytes
+            took = time.perf_counter() - began
+            with self._lock:
+                self.seconds += took
+
+        return arrived
 
     def stop(self) -> None:
         """Let every thread that waits give up."""

@@ -11,7 +11,6 @@ from shardstate.catalog import Tensors
 from shardstate.coalesce import Read
 from shardstate.dtypes import DTYPES, numpy_dtype
 from shardstate.errors import InputError
-from shardstate.storage import Arrived
 from shardstate.targets.base import Direct, transfer
 from shardstate.targets.hashing import StoredDigests
 
@@ -39,6 +38,7 @@ class MemoryTarget:
 
     def direct(self, read: Read) -> Direct | None:
         views: list[memoryview] = []
+        parts: list[memoryview] = []  # of the pieces alone
         at = read.begin
         for piece in read.pieces:
             run = piece.direct_run
@@ -46,32 +46,12 @@ class MemoryTarget:
                 return None
             if piece.begin > at:
                 views.append(memoryview(bytearray(piece.begin - at)))
-            views.append(self._memory[piece.dest][run[0] : run[1]].data)
+            parts.append(self._memory[piece.dest][run[0] : run[1]].data)
+            views.append(parts[-1])
             at = piece.end
-        return Direct(views, None if self._digests is None else self._hashing(read, self._digests))
-
-    def _hashing(self, read: Read, digests: StoredDigests) -> Arrived:
-        """Return what hashes a direct read while it arrives."""
-        pieces = list(reversed(read.pieces))
-        at = read.begin  # all before is hashed
-
-        def arrived(nbytes: int) -> None:
-            nonlocal at
-            end = read.begin + nbytes
-            while pieces:
-                piece, run = pieces[-1], pieces[-1].direct_run
-                assert run is not None, "it is read directly"
-                first, last = max(at, piece.begin), min(end, piece.end)
-                if first < last:
-                    offset = run[0] - piece.begin
-                    memory = self._memory[piece.dest][offset + first : offset + last]
-                    digests.update(piece, first, memory)
-                if end < piece.end:
-                    break
-                pieces.pop()
-            at = end
-
-        return arrived
+        return Direct(
+            views, None if self._digests is None else self._digests.following(read, parts)
+        )
 
     def accept(self, read: Read, staged: np.ndarray | None) -> None:
         for piece in read.pieces:

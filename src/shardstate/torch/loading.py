@@ -304,7 +304,7 @@ def _fit(
         packed = DTYPES[tag].packed
         goal = _corner(state[own], shape)
         units = ("U8", "U8") if packed else (tag, tag_of(name, goal))
-        loops = loops_of(goal, tuple(goal.shape))
+        loops = loops_of(goal)
         copies.append(Copy(row, len(fit.goals), *units, Move(0, 0, canonical(loops))))
         fit.goals[name] = goal
     fit.plan = make_plan(

@@ -92,13 +92,14 @@ def extent_of(tensor: torch.Tensor) -> int:
     return sum((n - 1) * int(s) for n, s in pairs) + 1
 
 
-def loops_of(tensor: torch.Tensor, shape: Sequence[int]) -> list[Loop]:
-    """Return row-major elements of `shape` → the leading corner of `tensor`, as loops."""
-    if tensor.is_contiguous() and tuple(shape) == tensor.shape:
+def loops_of(tensor: torch.Tensor) -> list[Loop]:
+    """Return row-major elements → those of `tensor`, as loops."""
+    if tensor.is_contiguous():
         return [(tensor.numel(), 1, 1)]
-    rows = strides_of(tuple(shape))
+    rows = strides_of(tuple(tensor.shape))
     return [
-        (n, row, int(stride)) for n, row, stride in zip(shape, rows, tensor.stride(), strict=True)
+        (n, row, int(stride))
+        for n, row, stride in zip(tensor.shape, rows, tensor.stride(), strict=True)
     ]
 
 
