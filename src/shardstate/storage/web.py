@@ -56,8 +56,12 @@ class WebStorage:
     def _all(self) -> dict[str, Entry]:
         if self._named is None:
             with ThreadPoolExecutor(self.traits.read_threads) as pool:
-                seen = pool.map(self._entry, dict.fromkeys(self._names()))
-                found = {entry.name: entry for entry in seen if entry is not None}
+                try:
+                    seen = list(pool.map(self._entry, dict.fromkeys(self._names())))
+                except KeyboardInterrupt:
+                    self.interrupt()  # else those who wait for the server are waited for
+                    raise
+            found = {entry.name: entry for entry in seen if entry is not None}
             self._named = dict(sorted(found.items()))
             _log.warning(
                 "shardstate: nothing can be listed at %s: only the files that %s are seen",
