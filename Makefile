@@ -3,7 +3,8 @@
 # make lint   ruff, strict types, import order
 # make test-stores   the tests against real servers of object stores, on loopback
 # make test-vllm   the tests against vLLM's own loader, in a venv of its own
-# make bench-stores   loading from an S3 server beside runai-model-streamer and raw requests
+# make bench-stores   loading from an S3 server beside runai-model-streamer and raw requests, and
+#             from one far away; into docs/benchmarks.md too
 # make fuzz   attacks: parsers for FUZZ_SECONDS in all, writers killed at each system call
 # make bench  measures speed against what else could be used, and writes docs/benchmarks.md
 

@@ -8,11 +8,10 @@ from __future__ import annotations
 import json
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, TypeVar
+from typing import Any
 
 from shardstate.catalog import INDEX_NAME, Catalog, catalog_of, parse_index
 from shardstate.digest import SAMPLES, block_count, digest_of, fingerprint, sample_ranges
@@ -46,15 +45,12 @@ from shardstate.names import (
     record_rank,
 )
 from shardstate.sharding import Topology
-from shardstate.storage import Entry, Storage
+from shardstate.storage import Entry, Storage, for_each
 
 _MAX_CONFIG_BYTES = 16 << 20
 _MAX_INDEX_BYTES = 64 << 20  # 36,945 tensors take 4 MB
 _USUAL_HEADER_BYTES = 64 << 10  # read at once, since few are longer, and a request costs more
 _PICKLES = (".bin", ".pt", ".pth", ".gguf", ".h5")
-
-_Item = TypeVar("_Item")
-_Made = TypeVar("_Made")
 
 
 @dataclass
@@ -334,20 +330,6 @@ def read_header_bytes(storage: Storage, name: str) -> tuple[int, bytes]:
     if rest:
         storage.read_into(name, len(first), [memoryview(rest)])
     return size, bytes(first[: PREFIX_BYTES + length] + rest)
-
-
-def for_each(
-    storage: Storage, work: Callable[[_Item], _Made], items: Sequence[_Item]
-) -> list[_Made]:
-    """Return `work(item)` for each, in their order: many at once where each waits for a store."""
-    if not storage.traits.remote or len(items) < 2:
-        return [work(item) for item in items]
-    with ThreadPoolExecutor(min(len(items), storage.traits.read_threads)) as pool:
-        try:
-            return list(pool.map(work, items))
-        except KeyboardInterrupt:
-            storage.interrupt()  # else those who wait for the store are waited for
-            raise
 
 
 def open_checkpoint(storage: Storage, *, pattern: str | None) -> Checkpoint:

@@ -181,10 +181,9 @@ def plan_reads(
     A read has at most `read_bytes`, and two pieces more where those overlap in the file; up to
     `direct_bytes`, if that is more, where all of it can go straight into its destination and no gap
     lies between, except for the last ones: none of so many `workers` is to be left alone with a
-    long one. Gaps of
-    up to `max_gap_bytes` are read over, the smallest first, as far as `OVERREAD` allows. A segment
-    has at most an equal share of `assembly_bytes` for each plan: where that is less than a
-    transpose needs, the same bytes are read again for each segment.
+    long one. Gaps of up to `max_gap_bytes` are read over, the smallest first, as far as `OVERREAD`
+    allows. A segment has at most an equal share of `assembly_bytes` for each plan: where that is
+    less than a transpose needs, the same bytes are read again for each segment.
     """
     names = sorted({name for plan in plans for name in plan.catalog.files})
     number_of = {name: i for i, name in enumerate(names)}

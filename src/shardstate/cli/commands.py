@@ -120,7 +120,7 @@ def _common(command: Callable[..., Report]) -> Callable[..., int]:
         # Our own words alone: what clients of clouds say while they are debugged holds secrets.
         root = max(level, logging.WARNING)
         logging.basicConfig(stream=sys.stderr, level=root, format="%(message)s", force=True)
-        logging.getLogger("shardstate").setLevel(min(level, root))
+        logging.getLogger("shardstate").setLevel(level)
         with progress_bar(enabled=not quiet) as progress:
             report = command(progress=progress, **arguments)
         if as_json:

@@ -10,6 +10,7 @@ from shardstate.storage.base import (
     Storage,
     Traits,
     Writable,
+    for_each,
 )
 from shardstate.storage.local import LocalStorage
 from shardstate.storage.locate import (
@@ -38,6 +39,7 @@ __all__ = [
     "Traits",
     "Writable",
     "fetched",
+    "for_each",
     "is_address",
     "location_of",
     "revision_of",

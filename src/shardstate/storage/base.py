@@ -7,11 +7,15 @@ come out as `StorageError`, what it holds as `InputError`; no foreign exception 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
+
+_Item = TypeVar("_Item")
+_Made = TypeVar("_Made")
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +167,20 @@ class Storage(Protocol):
     def close(self) -> None:
         """Release what was opened."""
         ...
+
+
+def for_each(
+    storage: Storage, work: Callable[[_Item], _Made], items: Sequence[_Item]
+) -> list[_Made]:
+    """Return `work(item)` for each, in their order: many at once where each waits for a store."""
+    if not storage.traits.remote or len(items) < 2:
+        return [work(item) for item in items]
+    with ThreadPoolExecutor(min(len(items), storage.traits.read_threads)) as pool:
+        try:
+            return list(pool.map(work, items))
+        except KeyboardInterrupt:
+            storage.interrupt()  # else those who wait for the store are waited for
+            raise
 
 
 class Output(Protocol):

@@ -8,14 +8,13 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 
 from shardstate.errors import PathNotFound, UsageError
 from shardstate.names import CONFIG, MANIFEST, SIGNATURE, record_name
-from shardstate.storage.base import Entry, Reader, Reading, Traits
+from shardstate.storage.base import Entry, Reader, Reading, Traits, for_each
 from shardstate.storage.clients import Address
 from shardstate.storage.paced import reader_of
 from shardstate.storage.reading import ObjectReader
@@ -55,12 +54,7 @@ class WebStorage:
 
     def _all(self) -> dict[str, Entry]:
         if self._named is None:
-            with ThreadPoolExecutor(self.traits.read_threads) as pool:
-                try:
-                    seen = list(pool.map(self._entry, dict.fromkeys(self._names())))
-                except KeyboardInterrupt:
-                    self.interrupt()  # else those who wait for the server are waited for
-                    raise
+            seen = for_each(self, self._entry, list(dict.fromkeys(self._names())))
             found = {entry.name: entry for entry in seen if entry is not None}
             self._named = dict(sorted(found.items()))
             _log.warning(

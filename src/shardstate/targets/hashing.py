@@ -97,6 +97,9 @@ class StoredDigests:
         """Hash bytes of `piece`; `begin` is where in its file they begin."""
         began = time.perf_counter()
         self._hashers[piece.source].update(begin - piece.base, arrived)
+        self._count(began)
+
+    def _count(self, began: float) -> None:
         took = time.perf_counter() - began
         with self._lock:
             self.seconds += took
@@ -136,9 +139,7 @@ class StoredDigests:
                     break
                 left.pop()
             at = nbytes
-            took = time.perf_counter() - began
-            with self._lock:
-                self.seconds += took
+            self._count(began)
 
         return arrived
 
