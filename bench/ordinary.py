@@ -1,10 +1,12 @@
-"""How fast does rank 0 of 8 come out of an ordinary checkpoint of 2.2 GB, cold, and what is read?
+"""How fast does rank 0 of 8 come out of an ordinary checkpoint of 2.2 GB, and what is read?
 
-Beside the peers of `peers.py`, which read everything and narrow, `safe_open` with `get_slice`, and
-raw reads of the whole files. `pages` is what a rank needs in whole pages of 4096 bytes: no reader
-can do with less; `limit_seconds` is that by the best raw throughput of this run, chosen on half of
-the rounds and taken from the others. Parameters were written before; residency is proven; results
-are compared bit for bit. Prints one JSON line.
+Cold and warm, beside the peers of `peers.py`, which read everything and narrow, and `safe_open`
+with `get_slice`. Cold also beside raw reads: of the whole files, of the very ranges that shardstate
+reads, and of the pages alone that hold what the rank needs: no reader can do with less. The kernel
+is asked for these by lists (`process_madvise`), so that no call is made for each.
+`limit_seconds` is the pages by the best raw throughput of whole files in this run. The best of
+several is chosen on half of the rounds and taken from the others. Parameters were written before;
+residency is proven; results are compared bit for bit. Prints one JSON line.
 
     python bench/ordinary.py [--rounds 5] [--tp 8] [--work bench/out]
 """
@@ -12,34 +14,54 @@ are compared bit for bit. Prints one JSON line.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import logging
+import mmap
 import os
 import statistics
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import safe_open
 
 import shardstate
 from checkpoint import make_llama
 from peers import PEERS, Take
-from residency import cold
+from residency import cold, warm
 from rounds import best_of, figures, machine, take_turns
 from shardstate.api.planners import Request, rank_plan
+from shardstate.api.planning import reads_of
 from shardstate.dtypes import DTYPES
 from shardstate.layout import runs
-from shardstate.raw import SWEEP, Span, read_spans, room_for, touched
+from shardstate.raw import SWEEP, Setting, Span, read_spans, room_for, touched
+from shardstate.storage import LocalStorage
 from shardstate.torch import load, load_model
 
 PAGE = 4096
+IOV_MAX = 1024
+PROCESS_MADVISE = 440  # the number of the system call, on all architectures
 CHUNK = 4 << 20  # smaller ones are never the best raw setting; `load.py` tries them all
 
+_libc = ctypes.CDLL(None, use_errno=True)
 
-def pages_of(source: Path, tp: int) -> int:
-    """Return the bytes of all pages that hold a byte of what rank 0 wants."""
-    touched_pages: set[tuple[str, int]] = set()
+
+def ranges_of(source: Path, tp: int) -> list[Span]:
+    """Return the ranges that shardstate reads for rank 0."""
+    with shardstate.open(source) as checkpoint:
+        plan = rank_plan(checkpoint, 0, tp=tp, layout="rules", request=Request(tp=tp)).plan
+        traits = LocalStorage.traits
+        reads = reads_of([plan], traits=traits, threads=traits.read_threads, direct=True)
+    return [Span(os.fspath(source / read.file), read.begin, read.end) for read in reads]
+
+
+def pages_of(source: Path, tp: int) -> dict[Path, np.ndarray]:
+    """Return by file the pages that hold a byte of what rank 0 wants: rows of first and last."""
+    touched_pages: dict[str, set[int]] = defaultdict(set)
     with shardstate.open(source) as checkpoint:
         plan = rank_plan(checkpoint, 0, tp=tp, layout="rules", request=Request(tp=tp)).plan
         for copy in plan:
@@ -48,8 +70,39 @@ def pages_of(source: Path, tp: int) -> int:
             for begin, end in runs(copy.move.source_region):
                 first = (tensor.begin + begin * width) // PAGE
                 last = (tensor.begin + end * width - 1) // PAGE
-                touched_pages.update((tensor.file, page) for page in range(first, last + 1))
-    return PAGE * len(touched_pages)
+                touched_pages[tensor.file].update(range(first, last + 1))
+    found = {}
+    for name, pages in touched_pages.items():
+        ordered = np.array(sorted(pages))
+        ends = np.flatnonzero(np.append(np.diff(ordered) > 1, True))
+        begins = np.append(0, ends[:-1] + 1)
+        found[source / name] = np.stack([ordered[begins], ordered[ends] + 1], axis=1)
+    return found
+
+
+def read_pages(wanted: dict[Path, np.ndarray]) -> None:
+    """Have the kernel read these pages and no others into its cache, and wait until they came."""
+
+    def read(file: Path, pages: np.ndarray) -> None:
+        with open(file, "rb") as opened, mmap.mmap(opened.fileno(), 0, prot=mmap.PROT_READ) as m:
+            found = np.frombuffer(m, dtype=np.uint8)
+            lists = np.stack([pages[:, 0], pages[:, 1] - pages[:, 0]], axis=1) * PAGE
+            lists[:, 0] += found.ctypes.data
+            for at in range(0, len(lists), IOV_MAX):
+                part = np.ascontiguousarray(lists[at : at + IOV_MAX])
+                address, count = ctypes.c_void_p(part.ctypes.data), ctypes.c_size_t(len(part))
+                if _libc.syscall(PROCESS_MADVISE, own, address, count, mmap.MADV_WILLNEED, 0) < 0:
+                    raise OSError(ctypes.get_errno(), "process_madvise")
+            last = np.minimum(pages[:, 1] * PAGE, len(found)) - 1
+            found[last].sum()
+            del found
+
+    own = os.pidfd_open(os.getpid())
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(read, wanted, wanted.values()))
+    finally:
+        os.close(own)
 
 
 def narrowing(goals: dict[str, torch.Tensor]) -> Take:
@@ -87,9 +140,12 @@ def main() -> None:
     expected = load(source, rank=0, tp=tp)
     goals = {name: torch.ones_like(tensor) for name, tensor in expected.items()}
     spans = [Span(os.fspath(file), 0, file.stat().st_size) for file in files]
-    memory = touched(room_for(spans))
+    ranges, pages = ranges_of(source, tp), pages_of(source, tp)
+    memory = touched(max(room_for(spans), room_for(ranges)))
     sweep = [s for s in SWEEP if s.chunk_bytes >= CHUNK and s.threads in (1, 4, 8, 16)]
     raw = {f"raw {setting}": partial(read_spans, spans, setting, memory) for setting in sweep}
+    some = (Setting(16, 1 << 20, True), *(s for s in sweep if s.chunk_bytes == CHUNK))
+    parts = {f"ranges {s}": partial(read_spans, ranges, s, memory) for s in some}
     reports: list[shardstate.Report] = []
     loading = {
         "shardstate": lambda: reports.append(load_model(goals, source, rank=0, tp=tp)),
@@ -104,15 +160,21 @@ def main() -> None:
                     raise SystemExit(f"{name}: {key} differs")
                 goals[key].fill_(1)
 
+    only = {"pages": partial(read_pages, pages)}
     seconds = take_turns(
-        loading | raw, before=partial(cold, files), rounds=arguments.rounds, after=compared
+        loading | raw | parts | only,
+        before=partial(cold, files),
+        rounds=arguments.rounds,
+        after=compared,
     )
     own = statistics.median(seconds["shardstate"])
     best, took = best_of(seconds, list(raw))
+    part, part_took = best_of(seconds, list(parts))
     peer, peer_took = best_of(seconds, [name for name in loading if name != "shardstate"])
-    pages = pages_of(source, tp)
-    limit = pages / (total / took)
+    page_bytes = PAGE * sum(int((each[:, 1] - each[:, 0]).sum()) for each in pages.values())
+    limit = page_bytes / (total / took)
     report = reports[-1]
+    hot = take_turns(loading, before=partial(warm, files), rounds=arguments.rounds, after=compared)
     result = {
         "bench": "ordinary",
         "tp": tp,
@@ -120,13 +182,18 @@ def main() -> None:
         "bytes": report.bytes,
         "bytes_wanted": report.bytes_wanted,
         "bytes_read": report.bytes_read,
-        "pages": pages,
+        "pages": page_bytes,
         "rounds": arguments.rounds,
         "seconds": {name: figures(seconds[name]) for name in loading},
+        "warm_seconds": {name: figures(hot[name]) for name in loading},
         "best_raw": best,
         "best_raw_gbps": round(total / took / 1e9, 3),
         "limit_seconds": round(limit, 3),
         "share_of_limit": round(limit / own, 3),
+        "best_ranges": part,
+        "ranges_seconds": figures(seconds[part]),
+        "share_of_ranges": round(part_took / own, 3),
+        "pages_seconds": figures(seconds["pages"]),
         "best_peer": peer,
         "times_best_peer": round(peer_took / own, 2),
         "machine": machine(),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -87,25 +87,27 @@ def load_picture(result: Result) -> str:
 
 
 def ordinary(result: Result) -> list[str]:
-    seconds = result["seconds"]
-    own = seconds["shardstate"]
+    def rows(seconds: Result) -> Iterator[tuple[str, str, str]]:
+        own = seconds["shardstate"]
+        for name, each in seconds.items():
+            yield name, cell(each), "" if name == "shardstate" else versus(own, each, seconds=True)
+
     return [
-        f"Rank 0 of {result['tp']} of {result['file_bytes'] / 1e9:.2f} GB, cold;"
+        f"Rank 0 of {result['tp']} of {result['file_bytes'] / 1e9:.2f} GB;"
         f" {result['rounds']} rounds. The rank wants {result['bytes_wanted'] / 1e9:.3f} GB, which"
         f" lie in {result['pages'] / 1e9:.3f} GB of pages; {result['bytes_read'] / 1e9:.3f} GB are"
         f" read. The peers but `get_slice` read everything.",
         "",
-        *table(
-            ("", "seconds", "shardstate is … times as fast"),
-            (
-                (n, cell(s), "" if n == "shardstate" else versus(own, s, seconds=True))
-                for n, s in seconds.items()
-            ),
-        ),
+        *table(("Cold", "seconds", "shardstate is … times as fast"), rows(result["seconds"])),
         f"The pages by the best raw throughput of the run ({result['best_raw']},"
         f" {result['best_raw_gbps']} GB/s) would take {result['limit_seconds']} s:"
-        f" shardstate reaches {result['share_of_limit']} of that.",
+        f" shardstate reaches {result['share_of_limit']} of that."
+        f" Raw reads of the very ranges that it reads take {cell(result['ranges_seconds'])} s"
+        f" ({result['best_ranges'].removeprefix('ranges ')}): {result['share_of_ranges']} of that"
+        f" on the other half of the rounds. The pages alone, which the kernel is asked for by"
+        f" lists, take {cell(result['pages_seconds'])} s to come.",
         "",
+        *table(("Warm", "seconds", "shardstate is … times as fast"), rows(result["warm_seconds"])),
     ]
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import statistics
 import threading
@@ -94,6 +95,8 @@ def main() -> None:
                     tensor.fill_(1)
                 if name == "caching":
                     shutil.rmtree(cache, ignore_errors=True)
+                    os.sync()
+                    time.sleep(5)  # else the system frees it while the next one loads
                 elif name == "cached" and not cache.exists():
                     ways["caching"].load_weights(model, config.model_config)
                     settled()

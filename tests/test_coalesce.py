@@ -31,6 +31,7 @@ def reads_of(
     read: int = 2 * BLOCK_BYTES,
     gap: int = 0,
     direct: int = 0,
+    workers: int = 1,
     in_dest_order: bool = False,
     wanted: Sequence[frozenset[int]] | None = None,
 ) -> list[Read]:
@@ -41,6 +42,7 @@ def reads_of(
         read_bytes=read,
         max_gap_bytes=gap,
         direct_bytes=direct,
+        workers=workers,
         wanted=wanted,
     )
 
@@ -162,9 +164,10 @@ def test_what_goes_straight_into_its_destination_is_read_in_longer_reads() -> No
     catalog, _ = catalog_in_memory([("a", "U8", (128, 16))])
     (whole,) = plans_of(catalog, [Replicate()], 1)
     (columns, _) = plans_of(catalog, [Split(1)], 2)
-    longer = {"piece": 128, "read": 128, "direct": 512}
-    # The last of them are short, so that nobody is left alone with a long one.
-    assert [read.nbytes for read in reads_of([whole], **longer)] == [512] * 3 + [128] * 4
+    longer = {"piece": 128, "read": 128, "direct": 512, "workers": 4}
+    # They become shorter, so that none of the four is left alone with a long one.
+    sizes = [512, 384, 256, *[128] * 7]
+    assert [read.nbytes for read in reads_of([whole], **longer)] == sizes
     assert [read.nbytes for read in reads_of([whole], **longer | {"direct": 0})] == [128] * 16
     assert max(read.nbytes for read in reads_of([columns], gap=8, **longer)) <= 128
     # Gaps take memory, and so does what two tensors want, which cannot go straight to both.

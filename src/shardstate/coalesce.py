@@ -180,10 +180,10 @@ def plan_reads(
     stream; otherwise by file and offset. `wanted` limits each plan to some rows of its tensors.
     A read has at most `read_bytes`, and two pieces more where those overlap in the file; up to
     `direct_bytes`, if that is more, where all of it can go straight into its destination and no gap
-    lies between, except for the last ones: none of so many `workers` is to be left alone with a
-    long one. Gaps of up to `max_gap_bytes` are read over, the smallest first, as far as `OVERREAD`
-    allows. A segment has at most an equal share of `assembly_bytes` for each plan: where that is
-    less than a transpose needs, the same bytes are read again for each segment.
+    lies between, but never more than one of so many `workers` has left to read, so that none is
+    left alone with a long one. Gaps of up to `max_gap_bytes` are read over, the smallest first, as
+    far as `OVERREAD` allows. A segment has at most an equal share of `assembly_bytes` for each
+    plan: where that is less than a transpose needs, the same bytes are read again for each segment.
     """
     names = sorted({name for plan in plans for name in plan.catalog.files})
     number_of = {name: i for i, name in enumerate(names)}
@@ -209,26 +209,27 @@ def plan_reads(
     reads: list[Read] = []
     most = read_bytes + 2 * piece_bytes
     longer = direct_bytes > read_bytes
-    left = sum(b - a for a, b in spans) - workers * direct_bytes if longer else 0
-    start, begin, end = 0, 0, 0
+    left = sum(b - a for a, b in spans) if longer else 0
+    start, begin, end, longest = 0, 0, 0, 0
     direct = False  # whether all of the read so far can go straight to its place, without a gap
     for i, (a, b) in enumerate(spans):
         also = longer and pieces[i].direct_run is not None
-        long = direct and also and a == end and left > 0
-        left -= b - a
+        long = direct and also and a == end
         if i > start and (
             files[i] != files[start]
             or files[i] < 0
             or a < begin
             or (a > end and i not in bridged)
-            or max(b, end) - begin > (direct_bytes if long else read_bytes if a >= end else most)
+            or max(b, end) - begin > (longest if long else read_bytes if a >= end else most)
         ):
             reads.append(_read(names, files[start], begin, end, pieces[start:i]))
             start = i
         if i == start:
             begin, end, direct = a, a, also
+            longest = min(max(left // workers, read_bytes), direct_bytes)
         direct = direct and also and a == end
         end = max(end, b)
+        left -= b - a
     if spans:
         reads.append(_read(names, files[start], begin, end, pieces[start:]))
     return reads

@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -115,7 +116,7 @@ class _Run:
         """Whether there is staging memory for one more."""
         return not self.held or self.held + read.nbytes <= STAGING_BYTES
 
-    def done(self, read: Read, room: np.ndarray | None, cached: int) -> None:
+    def done(self, read: Read, room: np.ndarray | None, cached: int, *, staged: bool) -> None:
         """Count a read that was carried out, and let another one begin, perhaps in its `room`."""
         touched = sum(piece.nbytes for piece in read.pieces) if self.fills_memory else 0
         with self.free:
@@ -123,13 +124,17 @@ class _Run:
             self.bytes_cached += cached
             self.requests += read.file is not None
             self.touched += touched
-            if room is not None:
-                self.held -= read.nbytes
-                if self.held + sum(map(len, self.spare)) < STAGING_BYTES:
-                    self.spare.append(room)
+            self.held -= read.nbytes if staged else 0
+            if room is not None and self.held + sum(map(len, self.spare)) < STAGING_BYTES:
+                self.spare.append(room)
             # Nobody is woken for this place: whoever leaves it comes back for it at once, and a
             # thread that wakes up for nothing takes the processor from one that copies.
             self.busy -= 1
+
+    def gathered(self, read: Read) -> bool:
+        """Whether a read needed no staging after all, since a cache held it."""
+        runs = partial(self.target.runs, read)
+        return read.file is not None and self.reader.gather(read.file, read.begin, read.end, runs)
 
     @property
     def most(self) -> int:
@@ -234,7 +239,9 @@ def _work(run: _Run, storage: Storage, target: Target) -> None:
         while (turn := run.take()) is not None:
             read, direct, room = turn
             staged, cached = None, 0
-            if read.file is not None:
+            if direct is None and run.gathered(read):
+                cached = read.nbytes
+            elif read.file is not None:
                 if direct is None:
                     # As far from a page as in the file: what O_DIRECT wants, without a copy.
                     first = read.begin % PAGE_BYTES
@@ -248,7 +255,7 @@ def _work(run: _Run, storage: Storage, target: Target) -> None:
             if run.stopped.is_set():
                 return
             target.accept(read, staged)
-            run.done(read, room, cached)
+            run.done(read, room, cached, staged=turn.direct is None)
             turn = None
     except BaseException as error:
         run.stop(_named(error, turn, storage) if isinstance(error, MemoryError) else error)

@@ -20,7 +20,7 @@ from shardstate.header import Header
 from shardstate.layout import Move
 from shardstate.manifest import PartEntry
 from shardstate.storage import Output, Storage, Writable
-from shardstate.targets import Direct
+from shardstate.targets import Target
 
 _SPAN_BYTES = BLOCK_BYTES
 _TRIES = 4  # reading what came with a wrong digest
@@ -86,7 +86,7 @@ def _groups(spans: Sequence[Span]) -> Iterator[list[Span]]:
         yield group
 
 
-class _Checked:
+class _Checked(Target):
     """What copying and looking have in common: spans of files are compared with their digests."""
 
     def __init__(self, storage: Storage, files: Sequence[File]) -> None:
@@ -94,9 +94,6 @@ class _Checked:
         self._lock = threading.Lock()
         # By slot, where each group of spans begins.
         self._spans = [{group[0].begin: group for group in _groups(f.spans)} for f in files]
-
-    def direct(self, read: Read) -> Direct | None:
-        return None
 
     def _wrong(self, read: Read, data: memoryview) -> Span | None:
         """Return the first span of a read whose digest differs."""

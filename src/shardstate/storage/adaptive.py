@@ -15,12 +15,13 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from shardstate.buffers import PAGE_BYTES, Rooms
-from shardstate.storage.base import Arrived
+from shardstate.storage.base import Arrived, Reader, Runs
 from shardstate.storage.direct import DirectFile, alignment_of
+from shardstate.storage.gather import MappedFile
 from shardstate.storage.pacing import Pacer, Way
 from shardstate.storage.residency import Resident, probe_of
 from shardstate.storage.tries import Stopped
@@ -44,7 +45,7 @@ _LOOK_SECONDS = 0.2  # how often others are looked for
 _learnt: dict[int, dict[Way, float]] = {}  # by device, for as long as the process lives
 
 
-class AdaptiveReader:
+class AdaptiveReader(Reader):
     """Reads files of one local directory, for one execution."""
 
     def __init__(self, storage: LocalStorage, threads: int) -> None:
@@ -59,6 +60,8 @@ class AdaptiveReader:
         self._pacer: Pacer | None = None
         self._resident: dict[str, Resident] = {}
         self._files: dict[str, DirectFile | None] = {}
+        self._mapped: dict[str, MappedFile] = {}
+        self._gathers = self._asked is not True  # until that fails
         self._rooms = {way.unit_bytes: Rooms(way.unit_bytes) for way in ways}
         self._stopped = threading.Event()
         self._hits = 0  # reads since the last one that found bytes that were not cached
@@ -110,6 +113,34 @@ class AdaptiveReader:
         self._hits = self._hits + 1 if cached == nbytes else 0
         return cached
 
+    def gather(
+        self, name: str, begin: int, end: int, runs: Callable[[], Sequence[Runs] | None]
+    ) -> bool:
+        if not self._gathers or not self._was_cached(name, begin, end):
+            return False
+        if (found := runs()) is None:
+            return False
+        try:
+            self._mapping(name).gather(found)
+        except (OSError, ValueError) as error:
+            if self._gathers:
+                _log.info(
+                    "shardstate: %s/%s: rows are read with what lies between them: %s",
+                    self._storage.location,
+                    name,
+                    error,
+                )
+            self._gathers = False
+            return False
+        self._hits += 1
+        return True
+
+    def _mapping(self, name: str) -> MappedFile:
+        with self._storage.opening:
+            if name not in self._mapped:
+                self._mapped[name] = MappedFile(self._storage.descriptor(name))
+            return self._mapped[name]
+
     def _read_resident(
         self, name: str, begin: int, views: Sequence[memoryview], arrived: Arrived | None
     ) -> int:
@@ -152,6 +183,9 @@ class AdaptiveReader:
             if file is not None:
                 os.close(file.fd)
         self._files.clear()
+        for mapped in self._mapped.values():
+            mapped.close()
+        self._mapped.clear()
         for name in self._announced:
             with contextlib.suppress(OSError):
                 fcntl.flock(self._storage.descriptor(name), fcntl.LOCK_UN)

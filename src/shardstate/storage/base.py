@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
@@ -50,6 +50,16 @@ class Reading:
 Arrived = Callable[[int], None]  # bytes that are there now, from the first one on
 
 
+class Runs(NamedTuple):
+    """Stretches of a file, all of one size, and the memory that each goes to."""
+
+    begins: np.ndarray  # int64, bytes from the start of the file
+    end: int  # one past the last byte of all of them
+    addresses: np.ndarray  # int64
+    nbytes: int  # of each
+    together: bool  # whether their memory is one run, too
+
+
 class Reader(Protocol):
     """Reads for one execution; it may choose the way while it runs, from what it sees."""
 
@@ -73,6 +83,15 @@ class Reader(Protocol):
         """
         ...
 
+    def gather(
+        self, name: str, begin: int, end: int, runs: Callable[[], Sequence[Runs] | None]
+    ) -> bool:
+        """Carry out `runs`, all within bytes `[begin, end)`, if a cache here holds these.
+
+        False: it does not, or there are none, and nothing was done that another read does not undo.
+        """
+        return False
+
     def stop(self) -> None:
         """Let reads that wait or have more to come give up, since another thread failed."""
         ...
@@ -82,7 +101,7 @@ class Reader(Protocol):
         ...
 
 
-class PlainReader:
+class PlainReader(Reader):
     """Reads as the storage does, always with the same number of reads in flight."""
 
     def __init__(self, storage: Storage, threads: int) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from shardstate.buffers import Rooms
+from shardstate.storage.libc import LIBC
 from shardstate.storage.views import address_of, total
 
 _AT_EMPTY_PATH, _STATX_DIOALIGN = 0x1000, 0x2000
@@ -24,7 +25,7 @@ def alignment_of(fd: int) -> tuple[int, int] | None:
     """
     status = ctypes.create_string_buffer(256)
     try:
-        call = ctypes.CDLL(None, use_errno=True).statx
+        call = LIBC.statx
     except AttributeError:
         return _PAGE, _PAGE
     if call(fd, b"", _AT_EMPTY_PATH, _STATX_DIOALIGN, status):

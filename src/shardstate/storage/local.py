@@ -1,8 +1,9 @@
 """A local directory.
 
-Reads are buffered `preadv`, never mmap: on network file systems its page-sized faults are a
-hundred times slower. Writes go to temporary names with `O_EXCL | O_NOFOLLOW` and are renamed, so
-that a file appears whole or not at all and nothing is ever written through a link.
+Reads are `preadv`, never mmap, but for rows that the page cache holds (`gather`): on network file
+systems its page-sized faults are a hundred times slower. Writes go to temporary names with
+`O_EXCL | O_NOFOLLOW` and are renamed, so that a file appears whole or not at all and nothing is
+ever written through a link.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from shardstate.names import temporary_name
+from shardstate.storage.libc import LIBC
 from shardstate.storage.oserrors import mapped_errors
 from shardstate.storage.views import rest_of
 
@@ -81,7 +82,7 @@ class LocalOutput:
 def _of_libc(name: str, *arguments: type) -> ctypes._NamedFuncPointer | None:
     """Return a function of the C library, or None where it has no such one."""
     try:
-        function: ctypes._NamedFuncPointer = getattr(ctypes.CDLL(None, use_errno=True), name)
+        function: ctypes._NamedFuncPointer = getattr(LIBC, name)
     except (OSError, AttributeError):
         return None
     function.argtypes = arguments

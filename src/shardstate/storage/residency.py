@@ -13,6 +13,8 @@ from collections.abc import Callable
 
 import numpy as np
 
+from shardstate.storage.libc import LIBC
+
 _PAGE = mmap.PAGESIZE
 _CACHESTAT = 451  # the number of the system call, on all architectures
 
@@ -83,7 +85,7 @@ def probe_of(fd: int) -> Probe | None:
 
 
 def _by_cachestat(fd: int) -> Probe:
-    call = ctypes.CDLL(None, use_errno=True).syscall
+    call = LIBC.syscall
 
     def probe(begin: int, end: int) -> int:
         pages = _Pages()
@@ -96,7 +98,7 @@ def _by_cachestat(fd: int) -> Probe:
 
 
 def _by_mincore(fd: int) -> Probe:
-    call = ctypes.CDLL(None, use_errno=True).mincore
+    call = LIBC.mincore
     # Never touched, so that a file that shrinks cannot harm.
     mapped = np.frombuffer(mmap.mmap(fd, 0, prot=mmap.PROT_READ), dtype=np.uint8)
     address = mapped.ctypes.data

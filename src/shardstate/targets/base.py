@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from shardstate.buffers import aligned
+from shardstate.buffers import PAGE_BYTES, aligned
 from shardstate.coalesce import Piece, Read, Segment
 from shardstate.dtypes import DTYPES, cast_array, numpy_dtype
-from shardstate.storage import Arrived
+from shardstate.layout import Loop
+from shardstate.storage import Arrived, Runs
 
 
 class Direct(NamedTuple):
@@ -29,10 +31,17 @@ class Target(Protocol):
 
     def direct(self, read: Read) -> Direct | None:
         """Return the memory that `read` may go straight to; None: it has to be staged."""
-        ...
+        return None
+
+    def runs(self, read: Read) -> Sequence[Runs] | None:
+        """Return where the bytes of a read go that has no `direct` memory, run by run.
+
+        None where they are not taken as they are, or in runs that are too short to be worth it.
+        """
+        return None
 
     def accept(self, read: Read, staged: np.ndarray | None) -> None:
-        """Take the bytes of `read`, or None where they went into its `direct` memory.
+        """Take the bytes of `read`, or None where they went to their `direct` memory or `runs`.
 
         A read of constants comes with `staged` None.
         """
@@ -41,6 +50,39 @@ class Target(Protocol):
     def stop(self) -> None:
         """Another thread failed: give up waiting."""
         ...
+
+
+def runs_of(piece: Piece, address: int) -> Runs | None:
+    """Return the runs that a piece puts into the tensor at `address`, if they lie a page apart.
+
+    A run costs as much as a copy of about two KiB, in which staging has gone over what is between.
+    """
+    if piece.value is not None or piece.source_dtype != piece.dest_dtype:
+        return None
+    width = DTYPES[piece.source_dtype].itemsize
+    found = _rows(piece.move.loops, width)
+    if found is None:
+        return None
+    begins, places, nbytes, together = found
+    first = address + piece.move.dest * width
+    return Runs(begins + piece.begin, piece.end, places + first, nbytes, together)
+
+
+@lru_cache(maxsize=256)
+def _rows(loops: tuple[Loop, ...], width: int) -> tuple[np.ndarray, np.ndarray, int, bool] | None:
+    """Return where runs begin on both sides, bytes from the first, their size, and whether they
+    lie end to end in the destination; None where they lie too close in the source.
+    """
+    inner = loops[-1][0] if loops and loops[-1][1:] == (1, 1) else 1
+    outer = loops[:-1] if inner > 1 else loops
+    if any(source * width < PAGE_BYTES for _, source, _ in outer):
+        return None
+    begins = places = np.zeros(1, dtype=np.int64)
+    for n, source, dest in outer:
+        steps = np.arange(n) * width
+        begins = (begins[:, None] + steps * source).reshape(-1)
+        places = (places[:, None] + steps * dest).reshape(-1)
+    return begins, places, inner * width, bool((np.diff(places) == inner * width).all())
 
 
 def moved(piece: Piece, read: Read, staged: np.ndarray | None) -> np.ndarray:

@@ -14,18 +14,15 @@ from shardstate.coalesce import Piece, Read
 from shardstate.digest import BLOCK_BYTES
 from shardstate.dtypes import DTYPES
 from shardstate.storage import Storage
-from shardstate.targets.base import Direct, moved, spread
+from shardstate.targets.base import Target, moved, spread
 from shardstate.targets.hashing import TensorHasher
 
 
-class DigestTarget:
+class DigestTarget(Target):
     """Hashes the tensors of plans; keeps only the digests of their blocks."""
 
     def __init__(self, tensors: Sequence[Tensors]) -> None:
         self._hashers = [[TensorHasher(t.nbytes(r)) for r in range(len(t))] for t in tensors]
-
-    def direct(self, read: Read) -> Direct | None:
-        return None
 
     def accept(self, read: Read, staged: np.ndarray | None) -> None:
         for piece in read.pieces:
@@ -54,7 +51,7 @@ class Difference:
     end: int
 
 
-class CompareTarget:
+class CompareTarget(Target):
     """Compares what plans make with what is stored under the same names; keeps the differences."""
 
     def __init__(self, storage: Storage, stored: Sequence[tuple[Tensors, Catalog]]) -> None:
@@ -63,9 +60,6 @@ class CompareTarget:
         self._lock = threading.Lock()
         self.differences: list[Difference] = []
         self.bytes_read = 0
-
-    def direct(self, read: Read) -> Direct | None:
-        return None
 
     def accept(self, read: Read, staged: np.ndarray | None) -> None:
         for piece in read.pieces:

@@ -12,7 +12,7 @@ from shardstate.digest import BLOCK_BYTES, rank_file_digest
 from shardstate.manifest import PartEntry
 from shardstate.parts import PartFile
 from shardstate.storage import Output, Writable
-from shardstate.targets.base import Assembly, Direct, moved
+from shardstate.targets.base import Assembly, Target, moved
 from shardstate.targets.hashing import TensorHasher
 
 # Neighbours in one file go out in one call, up to this: a model has thousands of small tensors.
@@ -37,7 +37,7 @@ class _Open:
         self.output.stop()
 
 
-class FilesTarget:
+class FilesTarget(Target):
     """Writes the parts of several ranks at once; `finished` hears of each that became visible.
 
     Slot i of the plans writes `parts[i]`. A part is opened when its first byte comes, fsynced and
@@ -77,9 +77,6 @@ class FilesTarget:
     def __exit__(self, *_: object) -> None:
         for opened in self._open.values():
             opened.output.discard()
-
-    def direct(self, read: Read) -> Direct | None:
-        return None
 
     def accept(self, read: Read, staged: np.ndarray | None) -> None:
         pending: list[memoryview] = []

@@ -11,7 +11,8 @@ from shardstate.catalog import Tensors
 from shardstate.coalesce import Read
 from shardstate.dtypes import DTYPES, numpy_dtype
 from shardstate.errors import InputError
-from shardstate.targets.base import Direct, transfer
+from shardstate.storage import Runs
+from shardstate.targets.base import Direct, Target, runs_of, transfer
 from shardstate.targets.hashing import StoredDigests
 
 
@@ -30,7 +31,7 @@ def allocate(tensors: Tensors) -> dict[str, np.ndarray]:
     return arrays
 
 
-class MemoryTarget:
+class MemoryTarget(Target):
     """Fills `memory`: for each tensor of a plan, the bytes from its first element to its last."""
 
     def __init__(self, memory: Sequence[np.ndarray], *, digests: StoredDigests | None) -> None:
@@ -52,6 +53,13 @@ class MemoryTarget:
         return Direct(
             views, None if self._digests is None else self._digests.following(read, parts)
         )
+
+    def runs(self, read: Read) -> Sequence[Runs] | None:
+        if self._digests is not None:
+            return None
+        found = [runs_of(piece, self._memory[piece.dest].ctypes.data) for piece in read.pieces]
+        runs = [each for each in found if each is not None]
+        return runs if len(runs) == len(found) else None
 
     def accept(self, read: Read, staged: np.ndarray | None) -> None:
         for piece in read.pieces:

@@ -14,7 +14,7 @@ import torch
 
 from shardstate.coalesce import Piece, Read
 from shardstate.dtypes import DTYPES
-from shardstate.targets import Direct, MemoryTarget, StoredDigests, Target
+from shardstate.targets import MemoryTarget, StoredDigests, Target
 from shardstate.targets.base import moved
 from shardstate.torch.tensors import bytes_of
 
@@ -38,7 +38,7 @@ def lies_in_host(goals: Iterable[torch.Tensor]) -> bool:
     return all(goal.device.type == "cpu" for goal in goals)
 
 
-class StagedTarget:
+class StagedTarget(Target):
     """Fills tensors on a device through two pinned buffers a thread, on a stream of its own.
 
     What a piece brings is put in order on the host; one asynchronous, perhaps strided, copy takes
@@ -52,9 +52,6 @@ class StagedTarget:
             torch.cuda.current_stream(device).synchronize()
         self._digests = digests
         self._local = threading.local()
-
-    def direct(self, read: Read) -> Direct | None:
-        return None
 
     def accept(self, read: Read, staged: np.ndarray | None) -> None:
         for piece in read.pieces:
