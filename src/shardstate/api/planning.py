@@ -54,7 +54,7 @@ _log = logging.getLogger("shardstate")
 
 PIECE_BYTES = BLOCK_BYTES  # so that pieces of contiguous tensors are whole digest blocks
 READ_BYTES = PIECE_BYTES
-LONG_READ_BYTES = 32 << 20  # of what takes no memory on its way
+LONG_READ_BYTES = 16 << 20  # of what takes no memory on its way
 _GRAIN_BYTES = 64 << 10
 _MAX_RULES_BYTES = 16 << 20
 
