@@ -7,7 +7,7 @@ and nowhere else; the better of two shapes counts. `kept` is what a load cannot 
 GETs with If-Match, whose bytes are copied to their place. Prints one JSON line; figures are GB/s of
 medians.
 
-    make bench-stores, or python bench/stores.py [--bytes 500000000] [--rounds 5]
+    make bench-stores, or python bench/stores.py [--bytes 2000000000] [--rounds 5]
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def raw(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--bytes", type=int, default=500_000_000)
+    parser.add_argument("--bytes", type=int, default=2_000_000_000)
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as work:

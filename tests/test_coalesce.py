@@ -32,6 +32,7 @@ def reads_of(
     gap: int = 0,
     direct: int = 0,
     workers: int = 1,
+    grid: int = 0,
     in_dest_order: bool = False,
     wanted: Sequence[frozenset[int]] | None = None,
 ) -> list[Read]:
@@ -43,6 +44,7 @@ def reads_of(
         max_gap_bytes=gap,
         direct_bytes=direct,
         workers=workers,
+        grid_bytes=grid,
         wanted=wanted,
     )
 
@@ -178,6 +180,28 @@ def test_what_goes_straight_into_its_destination_is_read_in_longer_reads() -> No
     assert 128 < max(read.nbytes for read in short) <= 256
     twice = reads_of([whole, whole], **longer)
     assert max(read.nbytes for read in twice) <= 128 + 2 * 128
+
+
+@given(worlds, limits, st.integers(1, 60), st.integers(1, 8), st.data())
+def test_reads_that_go_straight_into_place_keep_to_a_grid(
+    world: int, limit: tuple[int, int, int], grid: int, longer: int, data: st.DataObject
+) -> None:
+    tensors, kinds = data.draw(shared_tensors(world))
+    catalog, files = catalog_in_memory(tensors, files=2)
+    plans = plans_of(catalog, kinds, world)
+    size, factor, gap = limit
+    more = {"piece": size, "read": size * factor, "gap": gap, "direct": longer * size * factor}
+    reads = reads_of(plans[:1], **more, grid=grid)
+    assert serve(reads, plans[:1], files) == serve(reads_of(plans[:1], **more), plans[:1], files)
+    for read in reads:
+        direct = [piece for piece in read.pieces if piece.direct_run is not None]
+        # An element that lies across belongs to what comes before it.
+        lasts = [piece.end - DTYPES[piece.source_dtype].itemsize for piece in direct]
+        for piece, last in zip(direct, lasts, strict=True):
+            assert piece.begin // grid == last // grid
+        dense = all(a.end == b.begin for a, b in pairwise(read.pieces))
+        if longer > 1 and dense and direct == list(read.pieces):
+            assert read.begin // grid == lasts[-1] // grid
 
 
 @given(worlds, limits, st.data())

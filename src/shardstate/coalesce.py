@@ -20,7 +20,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import islice
+from itertools import islice, pairwise
 from math import prod
 from operator import itemgetter
 from typing import NamedTuple
@@ -170,6 +170,7 @@ def plan_reads(
     read_bytes: int,
     max_gap_bytes: int,
     direct_bytes: int = 0,
+    grid_bytes: int = 0,
     workers: int = 1,
     wanted: Sequence[frozenset[int]] | None = None,
     assembly_bytes: int = ASSEMBLY_BYTES,
@@ -181,9 +182,10 @@ def plan_reads(
     A read has at most `read_bytes`, and two pieces more where those overlap in the file; up to
     `direct_bytes`, if that is more, where all of it can go straight into its destination and no gap
     lies between, but never more than one of so many `workers` has left to read, so that none is
-    left alone with a long one. Gaps of up to `max_gap_bytes` are read over, the smallest first, as
-    far as `OVERREAD` allows. A segment has at most an equal share of `assembly_bytes` for each
-    plan: where that is less than a transpose needs, the same bytes are read again for each segment.
+    left alone with a long one, and never over a multiple of `grid_bytes` in its file. Gaps of up to
+    `max_gap_bytes` are read over, the smallest first, as far as `OVERREAD` allows. A segment has at
+    most an equal share of `assembly_bytes` for each plan: where that is less than a transpose
+    needs, the same bytes are read again for each segment.
     """
     names = sorted({name for plan in plans for name in plan.catalog.files})
     number_of = {name: i for i, name in enumerate(names)}
@@ -198,7 +200,7 @@ def plan_reads(
             keyed.extend(_in_dest_order(parts, limits))
             continue
         for whole, file in parts:
-            for piece in _pieces(whole, limits):
+            for piece in _on_grid(_pieces(whole, limits), grid_bytes):
                 keyed.append(((file, piece.begin, slot, piece.move.dest, piece.dest), piece))
     keyed.sort(key=lambda pair: pair[0])
     place = 3 if in_dest_order else 0  # where keys hold the file and the first byte
@@ -221,6 +223,7 @@ def plan_reads(
             or a < begin
             or (a > end and i not in bridged)
             or max(b, end) - begin > (longest if long else read_bytes if a >= end else most)
+            or (long and grid_bytes and begin // grid_bytes != (b - 1) // grid_bytes)
         ):
             reads.append(_read(names, files[start], begin, end, pieces[start:i]))
             start = i
@@ -504,6 +507,22 @@ def _pieces(whole: Piece, limits: _Limits) -> Iterator[Piece]:
         for source, dest, inner in cuts:
             place = Move(move.source + source, move.dest + dest - begin, inner)
             yield _part_of(whole, place)
+
+
+def _on_grid(pieces: Iterable[Piece], grid_bytes: int) -> Iterator[Piece]:
+    """Yield `pieces`, cut at each multiple of `grid_bytes` in the file where they are direct."""
+    for piece in pieces:
+        if grid_bytes and piece.direct_run is not None:
+            width = DTYPES[piece.source_dtype].itemsize
+            source, dest, loops = piece.move
+            size = loops[0][0] if loops else 1
+            edges = range(-piece.begin % grid_bytes, size * width, grid_bytes)
+            cuts = sorted({0, *(-(-edge // width) for edge in edges), size})
+            for first, last in pairwise(cuts):
+                part = Move(source + first, dest + first, canonical([(last - first, 1, 1)]))
+                yield _part_of(piece, part)
+        else:
+            yield piece
 
 
 @lru_cache(maxsize=4096)

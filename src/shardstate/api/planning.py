@@ -227,19 +227,22 @@ def reads_of(
     A thread holds what it reads, and as much again when that is moved, cast or grows by a cast.
     A local storage may choose to let as many as `MOST_THREADS` work. `traits` are those of the
     storage that is read. `direct`: what is contiguous goes straight to its destination, so that
-    it takes no memory, and more may be asked for at once.
+    it takes no memory, and more may be asked for at once; of a store by multiples of that, since
+    many keep an object in parts of such sizes, and look each of them up.
     """
     workers = threads if traits.remote else max(threads, MOST_THREADS)
     share = STAGING_BYTES // workers
     most = traits.chunk_bytes or LONG_READ_BYTES
     read_bytes = min(most, READ_BYTES, max(share // _GRAIN_BYTES, 1) * _GRAIN_BYTES)
+    longest = min(most, LONG_READ_BYTES)
     return plan_reads(
         plans,
         in_dest_order=in_dest_order,
         piece_bytes=min(PIECE_BYTES, read_bytes),
         read_bytes=read_bytes,
         max_gap_bytes=traits.max_gap_bytes,
-        direct_bytes=min(most, LONG_READ_BYTES) if direct else 0,
+        direct_bytes=longest if direct else 0,
+        grid_bytes=longest if direct and traits.remote else 0,
         workers=workers,
         wanted=wanted,
     )

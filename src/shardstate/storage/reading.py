@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -106,37 +106,59 @@ class ObjectReader:
 
     def entry(self, name: str) -> Entry:
         """Return size and identity of an object."""
-        with self._lock:
-            known = self._known.get(name) if self._pinned else None
-        if known is not None:
-            return known
         import obstore
 
+        return (
+            self._seen(name)
+            or self._look(name, lambda: (entry_of(obstore.head(self.client, name), name), b""))[0]
+        )
+
+    def _seen(self, name: str) -> Entry | None:
+        with self._lock:
+            return self._known.get(name) if self._pinned else None
+
+    def _look(self, name: str, ask: Callable[[], tuple[Entry, bytes]]) -> tuple[Entry, bytes]:
+        """Return what `ask` finds out of an object, and what it brings along."""
         tries = self.tries("look at it", name)
         while True:
             tries.begin()
             try:
-                found = entry_of(obstore.head(self.client, name), name)
+                found = ask()
                 break
             except Exception as error:
                 tries.failed(error)
         self.took(tries.seconds)
         tries.advance()
-        self.learn(found)
+        self.learn(found[0])
         return found
 
+    def _begun(self, name: str) -> tuple[Entry, bytes]:
+        """Return what an object is, and all of it if it is small."""
+        import obstore
+
+        answer = obstore.get(self.client, name)
+        entry = entry_of(answer.meta, name)
+        data = bytes(answer.bytes()) if entry.nbytes <= _SMALL_BYTES else b""
+        if data and len(data) != entry.nbytes:
+            raise ConnectionError("Interrupted")
+        return entry, data
+
     def read(self, name: str, *, limit: int) -> bytes:
-        """Return a whole small object."""
-        entry = self.entry(name)
+        """Return a whole small object; one of which nothing is known yet with one request."""
+        entry, found = self._seen(name), b""
+        if entry is None:
+            entry, found = self._look(name, lambda: self._begun(name))
         if entry.nbytes > limit:
             raise InputError(
                 f"{self.where(name)}: has {entry.nbytes} bytes, more than the {limit} that a file "
                 f"of this kind may have",
                 file=name,
             )
-        data = bytearray(entry.nbytes)
-        self.read_into(name, 0, [memoryview(data)])
-        return bytes(data)
+        if len(found) < entry.nbytes:
+            data = bytearray(entry.nbytes)
+            self.read_into(name, 0, [memoryview(data)])
+            found = bytes(data)
+        return found
 
     def read_into(self, name: str, begin: int, views: Sequence[memoryview]) -> None:
         """Fill `views` with the object's bytes from `begin` on; a broken answer is taken up."""

@@ -38,6 +38,7 @@ class WebStorage:
             address, options, timeout=timeout, pinned=True, chunk_bytes=reading.chunk_bytes
         )
         self._named: dict[str, Entry] | None = None  # by what the folder's own files say
+        self._read: dict[str, bytes] = {}  # those, for whoever opens the folder next
 
     @property
     def traits(self) -> Traits:
@@ -90,10 +91,13 @@ class WebStorage:
 
     def _json(self, name: str) -> dict[str, Any] | None:
         """Return an object that names files, roughly: whoever opens the set checks it."""
-        if self._entry(name) is None:
-            return None
         try:
-            found = json.loads(self._reader.read(name, limit=_MAX_JSON_BYTES))
+            data = self._reader.read(name, limit=_MAX_JSON_BYTES)
+        except PathNotFound:
+            return None
+        self._read[name] = data
+        try:
+            found = json.loads(data)
         except (ValueError, RecursionError):
             return {}
         return found if isinstance(found, dict) else {}
@@ -108,6 +112,10 @@ class WebStorage:
         return self._reader.entry(name).nbytes
 
     def read(self, name: str, *, limit: int) -> bytes:
+        # Asked again it is read again: whoever checks for changes must see them.
+        known = self._read.pop(name, None)
+        if known is not None and len(known) <= limit:
+            return known
         return self._reader.read(name, limit=limit)
 
     def read_into(self, name: str, begin: int, views: Sequence[memoryview]) -> None:
