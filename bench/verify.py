@@ -2,7 +2,7 @@
 
 The loop is two threads, each of which reads 4 MiB and hashes it. A load has to keep what it reads:
 beside it, the same loop that reads each 4 MiB to a place of its own. 2.2 GB in one rank file, in
-the page cache (proven); parameters were written before. Rounds are interleaved; figures are
+the page cache and not (proven); parameters were written before. Rounds are interleaved; figures are
 medians of seconds. A ratio above 1 says that the loop is slower. Prints one JSON line.
 
     python bench/verify.py [--rounds 7] [--work bench/out]
@@ -17,6 +17,7 @@ import os
 import statistics
 import threading
 from collections.abc import Sequence
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from blake3 import blake3
 
 import shardstate
 from checkpoint import make_llama
-from residency import warm
+from residency import cold, warm
 from rounds import figures, machine, take_turns
 from shardstate.buffers import staging_buffer
 from shardstate.raw import touched
@@ -77,27 +78,27 @@ def main() -> None:
     goals = {name: torch.zeros_like(tensor) for name, tensor in load(target, rank=0).items()}
     kept = touched(sum(file.stat().st_size for file in files))
     reports: list[shardstate.Report] = []
-    seconds = take_turns(
-        {
-            "verify --full": lambda: reports.append(shardstate.verify(target, full=True)),
-            "load_model, verify": lambda: load_model(goals, target, verify=True),
-            "loop of 2 threads": lambda: hash_files(files),
-            "loop that keeps the bytes": lambda: hash_files(files, kept),
-        },
-        before=lambda: warm(files),
-        rounds=arguments.rounds,
-    )
+    ways = {
+        "verify --full": lambda: reports.append(shardstate.verify(target, full=True)),
+        "load_model, verify": lambda: load_model(goals, target, verify=True),
+        "loop of 2 threads": lambda: hash_files(files),
+        "loop that keeps the bytes": lambda: hash_files(files, kept),
+    }
+    states = {}
+    for state, prepare in (("warm", warm), ("cold", cold)):
+        seconds = take_turns(ways, before=partial(prepare, files), rounds=arguments.rounds)
+        medians = {name: statistics.median(values) for name, values in seconds.items()}
+        loop = medians.pop("loop of 2 threads")
+        states[state] = {
+            "seconds": {name: figures(values) for name, values in seconds.items()},
+            "ratio": {name: round(loop / own, 3) for name, own in medians.items()},
+        }
     assert not any(report.problems for report in reports)
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    loop = medians.pop("loop of 2 threads")
-    nbytes = sum(file.stat().st_size for file in files)
     result = {
         "bench": "verify",
-        "bytes": nbytes,
+        "bytes": sum(file.stat().st_size for file in files),
         "rounds": arguments.rounds,
-        "seconds": {name: figures(values) for name, values in seconds.items()},
-        "gbps": {name: round(nbytes / own / 1e9, 2) for name, own in medians.items()},
-        "ratio": {name: round(loop / own, 3) for name, own in medians.items()},
+        "states": states,
         "peak_extra_bytes": max(report.peak_extra_bytes or 0 for report in reports),
         "machine": machine(),
     }
