@@ -56,7 +56,7 @@ def ranges_of(source: Path, tp: int) -> list[Span]:
         plan = rank_plan(checkpoint, 0, tp=tp, layout="rules", request=Request(tp=tp)).plan
         traits = LocalStorage.traits
         reads = reads_of([plan], traits=traits, threads=traits.read_threads, direct=True)
-    return [Span(os.fspath(source / read.file), read.begin, read.end) for read in reads]
+    return [Span(os.fspath(source / r.file), r.begin, r.end) for r in reads if r.file is not None]
 
 
 def pages_of(source: Path, tp: int) -> dict[Path, np.ndarray]:
@@ -93,8 +93,9 @@ def read_pages(wanted: dict[Path, np.ndarray]) -> None:
                 address, count = ctypes.c_void_p(part.ctypes.data), ctypes.c_size_t(len(part))
                 if _libc.syscall(PROCESS_MADVISE, own, address, count, mmap.MADV_WILLNEED, 0) < 0:
                     raise OSError(ctypes.get_errno(), "process_madvise")
-            last = np.minimum(pages[:, 1] * PAGE, len(found)) - 1
-            found[last].sum()
+            counts = pages[:, 1] - pages[:, 0]
+            within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+            found[(np.repeat(pages[:, 0], counts) + within) * PAGE].sum()
             del found
 
     own = os.pidfd_open(os.getpid())

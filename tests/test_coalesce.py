@@ -182,6 +182,16 @@ def test_what_goes_straight_into_its_destination_is_read_in_longer_reads() -> No
     assert max(read.nbytes for read in twice) <= 128 + 2 * 128
 
 
+def test_reads_that_go_straight_into_place_end_on_a_grid() -> None:
+    # One behind the other from byte 6 on, so that an element lies across each line.
+    catalog, _ = catalog_in_memory([("a", "F32", (5,)), ("b", "F32", (500,)), ("c", "F32", (100,))])
+    (plan,) = plans_of(catalog, [Replicate()] * 3, 1)
+    grid = reads_of([plan], piece=128, read=128, direct=512, workers=4, grid=512)
+    edges = [grid[0].begin, *(read.end for read in grid)]
+    lines = [line + 2 for line in range(512, edges[-1], 512)]
+    assert edges == [6, *lines, edges[-1]]
+
+
 @given(worlds, limits, st.integers(1, 60), st.integers(1, 8), st.data())
 def test_reads_that_go_straight_into_place_keep_to_a_grid(
     world: int, limit: tuple[int, int, int], grid: int, longer: int, data: st.DataObject

@@ -182,10 +182,10 @@ def plan_reads(
     A read has at most `read_bytes`, and two pieces more where those overlap in the file; up to
     `direct_bytes`, if that is more, where all of it can go straight into its destination and no gap
     lies between, but never more than one of so many `workers` has left to read, so that none is
-    left alone with a long one, and never over a multiple of `grid_bytes` in its file. Gaps of up to
-    `max_gap_bytes` are read over, the smallest first, as far as `OVERREAD` allows. A segment has at
-    most an equal share of `assembly_bytes` for each plan: where that is less than a transpose
-    needs, the same bytes are read again for each segment.
+    left alone with a long one. With `grid_bytes` such reads end at its multiples in their file
+    instead. Gaps of up to `max_gap_bytes` are read over, the smallest first, as far as `OVERREAD`
+    allows. A segment has at most an equal share of `assembly_bytes` for each plan: where that is
+    less than a transpose needs, the same bytes are read again for each segment.
     """
     names = sorted({name for plan in plans for name in plan.catalog.files})
     number_of = {name: i for i, name in enumerate(names)}
@@ -223,13 +223,14 @@ def plan_reads(
             or a < begin
             or (a > end and i not in bridged)
             or max(b, end) - begin > (longest if long else read_bytes if a >= end else most)
-            or (long and grid_bytes and begin // grid_bytes != (b - 1) // grid_bytes)
+            or (long and grid_bytes and a // grid_bytes != begin // grid_bytes)
         ):
             reads.append(_read(names, files[start], begin, end, pieces[start:i]))
             start = i
         if i == start:
             begin, end, direct = a, a, also
-            longest = min(max(left // workers, read_bytes), direct_bytes)
+            share = left // workers
+            longest = direct_bytes if grid_bytes else min(max(share, read_bytes), direct_bytes)
         direct = direct and also and a == end
         end = max(end, b)
         left -= b - a
@@ -512,17 +513,18 @@ def _pieces(whole: Piece, limits: _Limits) -> Iterator[Piece]:
 def _on_grid(pieces: Iterable[Piece], grid_bytes: int) -> Iterator[Piece]:
     """Yield `pieces`, cut at each multiple of `grid_bytes` in the file where they are direct."""
     for piece in pieces:
-        if grid_bytes and piece.direct_run is not None:
-            width = DTYPES[piece.source_dtype].itemsize
-            source, dest, loops = piece.move
-            size = loops[0][0] if loops else 1
-            edges = range(-piece.begin % grid_bytes, size * width, grid_bytes)
-            cuts = sorted({0, *(-(-edge // width) for edge in edges), size})
-            for first, last in pairwise(cuts):
-                part = Move(source + first, dest + first, canonical([(last - first, 1, 1)]))
-                yield _part_of(piece, part)
-        else:
+        source, dest, loops = piece.move
+        first = grid_bytes - piece.begin % grid_bytes if grid_bytes else piece.end
+        if piece.begin + first >= piece.end or not loops or piece.direct_run is None:
             yield piece
+            continue
+        width, size = DTYPES[piece.source_dtype].itemsize, loops[0][0]
+        edges = range(first, size * width, grid_bytes)
+        # An element that lies across belongs to what comes before it.
+        for begin, end in pairwise((0, *(-(-edge // width) for edge in edges), size)):
+            if begin < end:
+                part = Move(source + begin, dest + begin, canonical([(end - begin, 1, 1)]))
+                yield _part_of(piece, part)
 
 
 @lru_cache(maxsize=4096)

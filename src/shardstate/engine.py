@@ -13,7 +13,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -133,8 +132,10 @@ class _Run:
 
     def gathered(self, read: Read) -> bool:
         """Whether a read needed no staging after all, since a cache held it."""
-        runs = partial(self.target.runs, read)
-        return read.file is not None and self.reader.gather(read.file, read.begin, read.end, runs)
+        runs = self.target.runs(read) if read.file is not None else None
+        if read.file is None or runs is None:
+            return False
+        return self.reader.gather(read.file, read.begin, read.end, runs)
 
     @property
     def most(self) -> int:

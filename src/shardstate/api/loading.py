@@ -244,6 +244,7 @@ def load_rank(
                         traits=checkpoint.storage.traits,
                         threads=workers,
                         direct=True,
+                        hashed=verify,
                     )
                 )
                 write_planned(report, [made.plan], reads, checkpoint)

@@ -221,6 +221,7 @@ def reads_of(
     wanted: Sequence[frozenset[int]] | None = None,
     traits: Traits = LocalStorage.traits,
     direct: bool = False,
+    hashed: bool = False,
 ) -> list[Read]:
     """Return the reads of `plans` for so many threads that their memory keeps to the budget.
 
@@ -228,13 +229,15 @@ def reads_of(
     A local storage may choose to let as many as `MOST_THREADS` work. `traits` are those of the
     storage that is read. `direct`: what is contiguous goes straight to its destination, so that
     it takes no memory, and more may be asked for at once; of a store by multiples of that, since
-    many keep an object in parts of such sizes, and look each of them up.
+    many keep an object in parts of such sizes, and look each of them up. `hashed`: digests are
+    compared on the way, so that reads have to end where blocks do.
     """
     workers = threads if traits.remote else max(threads, MOST_THREADS)
     share = STAGING_BYTES // workers
     most = traits.chunk_bytes or LONG_READ_BYTES
     read_bytes = min(most, READ_BYTES, max(share // _GRAIN_BYTES, 1) * _GRAIN_BYTES)
     longest = min(most, LONG_READ_BYTES)
+    on_grid = traits.remote and direct and not hashed and longest > read_bytes
     return plan_reads(
         plans,
         in_dest_order=in_dest_order,
@@ -242,7 +245,7 @@ def reads_of(
         read_bytes=read_bytes,
         max_gap_bytes=traits.max_gap_bytes,
         direct_bytes=longest if direct else 0,
-        grid_bytes=longest if direct and traits.remote else 0,
+        grid_bytes=longest if on_grid else 0,
         workers=workers,
         wanted=wanted,
     )

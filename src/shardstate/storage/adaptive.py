@@ -15,7 +15,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from shardstate.buffers import PAGE_BYTES, Rooms
@@ -113,16 +113,12 @@ class AdaptiveReader(Reader):
         self._hits = self._hits + 1 if cached == nbytes else 0
         return cached
 
-    def gather(
-        self, name: str, begin: int, end: int, runs: Callable[[], Sequence[Runs] | None]
-    ) -> bool:
+    def gather(self, name: str, begin: int, end: int, runs: Sequence[Runs]) -> bool:
         if not self._gathers or not self._was_cached(name, begin, end):
             return False
-        if (found := runs()) is None:
-            return False
         try:
-            self._mapping(name).gather(found)
-        except (OSError, ValueError) as error:
+            self._mapping(name).gather(runs)
+        except OSError as error:
             if self._gathers:
                 _log.info(
                     "shardstate: %s/%s: rows are read with what lies between them: %s",

@@ -83,12 +83,10 @@ class Reader(Protocol):
         """
         ...
 
-    def gather(
-        self, name: str, begin: int, end: int, runs: Callable[[], Sequence[Runs] | None]
-    ) -> bool:
+    def gather(self, name: str, begin: int, end: int, runs: Sequence[Runs]) -> bool:
         """Carry out `runs`, all within bytes `[begin, end)`, if a cache here holds these.
 
-        False: it does not, or there are none, and nothing was done that another read does not undo.
+        False: it does not, and nothing was done that another read does not undo.
         """
         return False
 

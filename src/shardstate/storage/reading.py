@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -16,7 +17,9 @@ from shardstate.storage.faults import SlowAnswer
 from shardstate.storage.tries import Health, Tries
 
 if TYPE_CHECKING:
-    from obstore import GetOptions
+    from obstore import GetOptions, GetResult
+
+_More = TypeVar("_More")
 
 # By how long a small request takes, seconds; measured, see `docs/benchmarks.md`. In the time of a
 # request a store that is far away sends much, so that reading over gaps is cheaper there.
@@ -94,10 +97,10 @@ class ObjectReader:
             timeout=self.timeout,
         )
 
-    def learn(self, entry: Entry) -> None:
-        """Take note of what is there: where versions are pinned, the first one counts."""
+    def learn(self, entry: Entry) -> Entry:
+        """Take note of what is there, and return it: where versions are pinned, the first one."""
         with self._lock:
-            self._known.setdefault(entry.name, entry)
+            return self._known.setdefault(entry.name, entry)
 
     def forget(self, name: str) -> None:
         """Drop what is known of an object: it was replaced or removed from here."""
@@ -106,59 +109,61 @@ class ObjectReader:
 
     def entry(self, name: str) -> Entry:
         """Return size and identity of an object."""
+        if (known := self._seen(name)) is not None:
+            return known
         import obstore
 
-        return (
-            self._seen(name)
-            or self._look(name, lambda: (entry_of(obstore.head(self.client, name), name), b""))[0]
-        )
+        return self._look(name, lambda: (obstore.head(self.client, name), None))[0]
 
     def _seen(self, name: str) -> Entry | None:
         with self._lock:
             return self._known.get(name) if self._pinned else None
 
-    def _look(self, name: str, ask: Callable[[], tuple[Entry, bytes]]) -> tuple[Entry, bytes]:
-        """Return what `ask` finds out of an object, and what it brings along."""
+    def _look(
+        self, name: str, ask: Callable[[], tuple[Mapping[str, Any], _More]]
+    ) -> tuple[Entry, _More]:
+        """Return what an object is, by the metadata that `ask` gives, and what came with them."""
         tries = self.tries("look at it", name)
         while True:
             tries.begin()
             try:
-                found = ask()
+                meta, more = ask()
+                found = entry_of(meta, name)
                 break
             except Exception as error:
                 tries.failed(error)
         self.took(tries.seconds)
         tries.advance()
-        self.learn(found[0])
-        return found
+        if self.learn(found) != found and self._pinned:
+            raise self._changed(name)
+        return found, more
 
-    def _begun(self, name: str) -> tuple[Entry, bytes]:
-        """Return what an object is, and all of it if it is small."""
+    def _get(self, name: str) -> tuple[Mapping[str, Any], GetResult]:
         import obstore
 
         answer = obstore.get(self.client, name)
-        entry = entry_of(answer.meta, name)
-        data = bytes(answer.bytes()) if entry.nbytes <= _SMALL_BYTES else b""
-        if data and len(data) != entry.nbytes:
-            raise ConnectionError("Interrupted")
-        return entry, data
+        return answer.meta, answer
 
     def read(self, name: str, *, limit: int) -> bytes:
         """Return a whole small object; one of which nothing is known yet with one request."""
-        entry, found = self._seen(name), b""
+        entry, answer = self._seen(name), None
         if entry is None:
-            entry, found = self._look(name, lambda: self._begun(name))
+            entry, answer = self._look(name, lambda: self._get(name))
         if entry.nbytes > limit:
             raise InputError(
                 f"{self.where(name)}: has {entry.nbytes} bytes, more than the {limit} that a file "
                 f"of this kind may have",
                 file=name,
             )
-        if len(found) < entry.nbytes:
-            data = bytearray(entry.nbytes)
-            self.read_into(name, 0, [memoryview(data)])
-            found = bytes(data)
-        return found
+        data = bytearray(entry.nbytes)
+        goals = _Goals([memoryview(data)])
+        if answer is not None:
+            # What breaks off, or is more than was announced, is asked for again below.
+            with contextlib.suppress(Exception):
+                for chunk in answer.stream(min_chunk_size=_CHUNK_BYTES):
+                    goals.take(chunk)
+        self.read_into(name, goals.filled, [memoryview(data)[goals.filled :]])
+        return bytes(data)
 
     def read_into(self, name: str, begin: int, views: Sequence[memoryview]) -> None:
         """Fill `views` with the object's bytes from `begin` on; a broken answer is taken up."""

@@ -38,7 +38,7 @@ class WebStorage:
             address, options, timeout=timeout, pinned=True, chunk_bytes=reading.chunk_bytes
         )
         self._named: dict[str, Entry] | None = None  # by what the folder's own files say
-        self._read: dict[str, bytes] = {}  # those, for whoever opens the folder next
+        self._read: tuple[str, bytes] | None = None  # the last of these: who opens it asks again
 
     @property
     def traits(self) -> Traits:
@@ -85,7 +85,8 @@ class WebStorage:
         for size in (sizes if isinstance(sizes, dict) else {}).values():
             world *= size if isinstance(size, int) and 0 < size < 1 << 16 else 1
         for rank in range(min(world, 1 << 16)):
-            if (record := self._json(record_name(rank))) is not None:
+            record = self._json(record_name(rank)) if rank else first
+            if record is not None:
                 yield record_name(rank)
                 yield from _texts(file.get("name") for file in _objects(record.get("files")))
 
@@ -95,7 +96,7 @@ class WebStorage:
             data = self._reader.read(name, limit=_MAX_JSON_BYTES)
         except PathNotFound:
             return None
-        self._read[name] = data
+        self._read = name, data
         try:
             found = json.loads(data)
         except (ValueError, RecursionError):
@@ -112,10 +113,9 @@ class WebStorage:
         return self._reader.entry(name).nbytes
 
     def read(self, name: str, *, limit: int) -> bytes:
-        # Asked again it is read again: whoever checks for changes must see them.
-        known = self._read.pop(name, None)
-        if known is not None and len(known) <= limit:
-            return known
+        known, self._read = self._read, None
+        if known is not None and known[0] == name and len(known[1]) <= limit:
+            return known[1]
         return self._reader.read(name, limit=limit)
 
     def read_into(self, name: str, begin: int, views: Sequence[memoryview]) -> None:

@@ -57,9 +57,17 @@ class MemoryTarget(Target):
     def runs(self, read: Read) -> Sequence[Runs] | None:
         if self._digests is not None:
             return None
-        found = [runs_of(piece, self._memory[piece.dest].ctypes.data) for piece in read.pieces]
-        runs = [each for each in found if each is not None]
-        return runs if len(runs) == len(found) else None
+        found: list[Runs] = []
+        for piece in read.pieces:
+            memory = self._memory[piece.dest]
+            # The kernel takes addresses, and does not ask whose they are.
+            begin, end = piece.dest_span
+            inside = begin >= 0 and end <= len(memory) and memory.flags.writeable
+            runs = runs_of(piece, memory.ctypes.data) if inside else None
+            if runs is None:
+                return None
+            found.append(runs)
+        return found
 
     def accept(self, read: Read, staged: np.ndarray | None) -> None:
         for piece in read.pieces:

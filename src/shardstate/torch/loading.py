@@ -143,6 +143,7 @@ def load_place(
             traits=checkpoint.storage.traits,
             threads=threads,
             direct=lies_in_host(fit.goals.values()),
+            hashed=verify,
         )
         write_planned(report, [plan], reads, checkpoint)
         report.bytes = sum(fit.plan.catalog.nbytes(copy.source) for copy in fit.plan)
