@@ -177,3 +177,26 @@ def test_nothing_there(source):
     with server(source.parent) as host:
         with pytest.raises(InputError, match="found nothing"):
             shardstate.open(f"http://{host}/nothing", access=QUICK)
+
+
+def test_an_answer_that_never_ends_is_not_kept(source):
+    sent = []
+
+    class Endless(Handler):
+        """Announces ten bytes, and sends chunks as long as somebody takes them."""
+
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header("Content-Length", "10")
+            self.send_header("Transfer-Encoding", "chunked")
+            self.end_headers()
+            sent.append(0)
+            while sent[-1] < 256 << 20:
+                self.wfile.write(b"10000\r\n" + bytes(1 << 16) + b"\r\n")
+                sent[-1] += 1 << 16
+
+    with server(source.parent, Endless) as host:
+        with pytest.raises(StorageError, match=r"shardstate\.json"):
+            shardstate.open(f"http://{host}/llama", access=QUICK)
+    assert sent
+    assert max(sent) < 32 << 20  # what lies in the buffers of sockets
