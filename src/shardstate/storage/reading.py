@@ -162,7 +162,9 @@ class ObjectReader:
             with contextlib.suppress(Exception):
                 for chunk in answer.stream(min_chunk_size=_CHUNK_BYTES):
                     goals.take(chunk)
-        self.read_into(name, goals.filled, [memoryview(data)[goals.filled :]])
+        # Of the same version only where that is pinned.
+        at = goals.filled if self._pinned or goals.filled == entry.nbytes else 0
+        self.read_into(name, at, [memoryview(data)[at:]])
         return bytes(data)
 
     def read_into(self, name: str, begin: int, views: Sequence[memoryview]) -> None:
