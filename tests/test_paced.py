@@ -114,13 +114,14 @@ def test_a_store_is_asked_for_as_much_at_once_as_it_serves_best(seconds, limit):
 def test_what_memory_does_not_allow_is_not_credited():
     """Twice as many requests are asked for, and half of them wait for staging memory."""
     most = STAGING_BYTES // BLOCK_BYTES
-    store = Store("s3://bucket-credited", lambda busy: SECONDS * busy)
+    # Long enough that what this machine adds to an answer counts for little.
+    store = Store("s3://bucket-credited", lambda busy: 2 * SECONDS * busy)
     readers = []
     store.reader = lambda threads: readers.append(PacedReader(store, threads)) or readers[-1]
     load(store, 0, threads=most, plan=columns(2400 << 20))
     assert most - 2 <= store.most <= most + 2
     known = {way.threads: rate for way, rate in readers[0]._pacer.known.items()}
-    assert known[2 * most] < 1.3 * known[most]
+    assert known[2 * most] < 1.6 * known[most]  # credited with all, it would be 2
 
 
 def test_a_number_that_a_caller_gives_is_kept():
