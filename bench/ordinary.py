@@ -36,41 +36,36 @@ from residency import cold, warm
 from rounds import best_of, figures, machine, take_turns
 from shardstate.api.planners import Request, rank_plan
 from shardstate.api.planning import reads_of
+from shardstate.buffers import PAGE_BYTES as PAGE
 from shardstate.dtypes import DTYPES
 from shardstate.layout import runs
+from shardstate.plan import Plan
 from shardstate.raw import SWEEP, Setting, Span, read_spans, room_for, touched
 from shardstate.storage import LocalStorage
+from shardstate.storage.libc import LIBC
+from shardstate.storage.output import IOV_MAX
 from shardstate.torch import load, load_model
 
-PAGE = 4096
-IOV_MAX = 1024
 PROCESS_MADVISE = 440  # the number of the system call, on all architectures
 CHUNK = 4 << 20  # smaller ones are never the best raw setting; `load.py` tries them all
 
-_libc = ctypes.CDLL(None, use_errno=True)
 
-
-def ranges_of(source: Path, tp: int) -> list[Span]:
-    """Return the ranges that shardstate reads for rank 0."""
-    with shardstate.open(source) as checkpoint:
-        plan = rank_plan(checkpoint, 0, tp=tp, layout="rules", request=Request(tp=tp)).plan
-        traits = LocalStorage.traits
-        reads = reads_of([plan], traits=traits, threads=traits.read_threads, direct=True)
+def ranges_of(source: Path, plan: Plan) -> list[Span]:
+    """Return the ranges that shardstate reads for `plan`."""
+    reads = reads_of([plan], threads=LocalStorage.traits.read_threads, direct=True)
     return [Span(os.fspath(source / r.file), r.begin, r.end) for r in reads if r.file is not None]
 
 
-def pages_of(source: Path, tp: int) -> dict[Path, np.ndarray]:
-    """Return by file the pages that hold a byte of what rank 0 wants: rows of first and last."""
+def pages_of(source: Path, plan: Plan) -> dict[Path, np.ndarray]:
+    """Return by file the pages that hold a byte of what `plan` wants: rows of first and last."""
     touched_pages: dict[str, set[int]] = defaultdict(set)
-    with shardstate.open(source) as checkpoint:
-        plan = rank_plan(checkpoint, 0, tp=tp, layout="rules", request=Request(tp=tp)).plan
-        for copy in plan:
-            tensor = plan.catalog.tensor(copy.source)
-            width = DTYPES[copy.source_dtype].itemsize
-            for begin, end in runs(copy.move.source_region):
-                first = (tensor.begin + begin * width) // PAGE
-                last = (tensor.begin + end * width - 1) // PAGE
-                touched_pages[tensor.file].update(range(first, last + 1))
+    for copy in plan:
+        tensor = plan.catalog.tensor(copy.source)
+        width = DTYPES[copy.source_dtype].itemsize
+        for begin, end in runs(copy.move.source_region):
+            first = (tensor.begin + begin * width) // PAGE
+            last = (tensor.begin + end * width - 1) // PAGE
+            touched_pages[tensor.file].update(range(first, last + 1))
     found = {}
     for name, pages in touched_pages.items():
         ordered = np.array(sorted(pages))
@@ -91,7 +86,7 @@ def read_pages(wanted: dict[Path, np.ndarray]) -> None:
             for at in range(0, len(lists), IOV_MAX):
                 part = np.ascontiguousarray(lists[at : at + IOV_MAX])
                 address, count = ctypes.c_void_p(part.ctypes.data), ctypes.c_size_t(len(part))
-                if _libc.syscall(PROCESS_MADVISE, own, address, count, mmap.MADV_WILLNEED, 0) < 0:
+                if LIBC.syscall(PROCESS_MADVISE, own, address, count, mmap.MADV_WILLNEED, 0) < 0:
                     raise OSError(ctypes.get_errno(), "process_madvise")
             counts = pages[:, 1] - pages[:, 0]
             within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
@@ -141,7 +136,9 @@ def main() -> None:
     expected = load(source, rank=0, tp=tp)
     goals = {name: torch.ones_like(tensor) for name, tensor in expected.items()}
     spans = [Span(os.fspath(file), 0, file.stat().st_size) for file in files]
-    ranges, pages = ranges_of(source, tp), pages_of(source, tp)
+    with shardstate.open(source) as checkpoint:
+        plan = rank_plan(checkpoint, 0, tp=tp, layout="rules", request=Request(tp=tp)).plan
+    ranges, pages = ranges_of(source, plan), pages_of(source, plan)
     memory = touched(max(room_for(spans), room_for(ranges)))
     sweep = [s for s in SWEEP if s.chunk_bytes >= CHUNK and s.threads in (1, 4, 8, 16)]
     raw = {f"raw {setting}": partial(read_spans, spans, setting, memory) for setting in sweep}
@@ -161,9 +158,8 @@ def main() -> None:
                     raise SystemExit(f"{name}: {key} differs")
                 goals[key].fill_(1)
 
-    only = {"pages": partial(read_pages, pages)}
     seconds = take_turns(
-        loading | raw | parts | only,
+        loading | raw | parts | {"pages": partial(read_pages, pages)},
         before=partial(cold, files),
         rounds=arguments.rounds,
         after=compared,

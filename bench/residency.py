@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-_libc = ctypes.CDLL(None, use_errno=True)
+from shardstate.storage.libc import LIBC
 
 
 def resident(files: Sequence[Path]) -> float:
@@ -25,7 +25,7 @@ def resident(files: Sequence[Path]) -> float:
         vector = (ctypes.c_ubyte * count)()
         start = ctypes.c_char.from_buffer(view)
         address = ctypes.c_void_p(ctypes.addressof(start))
-        if _libc.mincore(address, ctypes.c_size_t(size), vector):
+        if LIBC.mincore(address, ctypes.c_size_t(size), vector):
             raise OSError(ctypes.get_errno(), "mincore")
         del start
         view.close()

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 import shardstate
+from reference import sides
 from shardstate.coalesce import Piece, Read
 from shardstate.errors import TruncatedFile
 from shardstate.layout import Move, canonical
@@ -38,6 +39,16 @@ def share(rows=64, *, dest=1000, width=1000, dtype="U8"):
     return Read("f", piece.begin, piece.end, (piece,))
 
 
+def gathers(folder, target, read):
+    """Return whether a read is gathered by a reader of its own."""
+    with LocalStorage(folder) as storage:
+        reader = storage.reader(2)
+        try:
+            return reader.gather("f", read.begin, read.end, target.runs(read))
+        finally:
+            reader.close()
+
+
 def expected(file, *, width=1000):
     rows = np.frombuffer(file.read_bytes(), dtype=np.uint8).reshape(-1, ROW)
     return rows[:, 100 : 100 + width]
@@ -48,10 +59,7 @@ def test_rows_arrive_and_nothing_else_is_touched(file, dest):
     memory = np.full(64 * dest, 7, dtype=np.uint8)
     target = MemoryTarget([memory], digests=None)
     read = share(dest=dest)
-    with LocalStorage(file.parent) as storage:
-        reader = storage.reader(2)
-        assert reader.gather("f", read.begin, read.end, target.runs(read))
-        reader.close()
+    assert gathers(file.parent, target, read)
     found = memory.reshape(64, dest)
     assert (found[:, :1000] == expected(file)).all()
     assert (found[:, 1000:] == 7).all()
@@ -63,10 +71,7 @@ def test_more_rows_than_one_call_takes(tmp_path):
     (tmp_path / "f").write_bytes(rows.tobytes())
     memory = np.zeros(count * 8, dtype=np.uint8)
     target, read = MemoryTarget([memory], digests=None), share(count, dest=8, width=8)
-    with LocalStorage(tmp_path) as storage:
-        reader = storage.reader(2)
-        assert reader.gather("f", read.begin, read.end, target.runs(read))
-        reader.close()
+    assert gathers(tmp_path, target, read)
     assert (memory.reshape(count, 8) == rows[:, 100:108]).all()
 
 
@@ -92,8 +97,8 @@ def test_runs_are_what_the_move_says(sizes, gaps, pads, turned, width, base):
     runs = runs_of(piece, 0)
     assert runs is not None
     itemsize = {"U8": 1, "BF16": 2, "F32": 4}[width]
-    source = base + elements(move.source_region) * itemsize
-    dest = elements(move.dest_region) * itemsize
+    source, dest = (side * itemsize for side in sides(move))
+    source += base
     found = {
         (int(begin) + i, int(place) + i)
         for begin, place in zip(runs.begins, runs.addresses, strict=True)
@@ -114,18 +119,8 @@ def test_turned_axes_arrive_in_their_order(tmp_path):
     memory = np.zeros(5 * 3 * 7, dtype=np.uint8)
     target = MemoryTarget([memory], digests=None)
     read = Read("f", piece.begin, piece.end, (piece,))
-    with LocalStorage(tmp_path) as storage:
-        reader = storage.reader(2)
-        assert reader.gather("f", read.begin, read.end, target.runs(read))
-        reader.close()
+    assert gathers(tmp_path, target, read)
     assert (memory.reshape(5, 3, 7) == values[:, :, :7].transpose(1, 0, 2)).all()
-
-
-def elements(region):
-    offsets = np.array([region.offset])
-    for n, stride in region.loops:
-        offsets = (offsets[:, None] + np.arange(n) * stride).ravel()
-    return offsets
 
 
 def test_what_must_be_looked_at_or_lies_close_is_not_gathered():

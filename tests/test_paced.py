@@ -13,7 +13,7 @@ from shardstate.engine import MEMORY_BYTES, STAGING_BYTES, execute
 from shardstate.header import Header
 from shardstate.layout import Move
 from shardstate.plan import Copy, make_plan, plan_identity
-from shardstate.storage import Reading
+from shardstate.storage import Reading, paced
 from shardstate.storage.base import PlainReader
 from shardstate.storage.paced import PacedReader, reader_of
 from shardstate.targets import MemoryTarget, allocate
@@ -92,6 +92,20 @@ def load(store, nbytes, *, threads, plan=None):
     )
 
 
+class Clock(threading.local):
+    """Tells each thread what its answers took, without what a busy machine adds."""
+
+    def __init__(self):
+        self.now = time.perf_counter()
+
+    def perf_counter(self):
+        return self.now
+
+    def takes(self, seconds):
+        self.now += seconds
+        return seconds
+
+
 @pytest.mark.parametrize(
     ("seconds", "limit"),
     [
@@ -100,8 +114,10 @@ def load(store, nbytes, *, threads, plan=None):
         (lambda busy: SECONDS if busy <= 2 else 50 * SECONDS, 2),  # more of them are slowed down
     ],
 )
-def test_a_store_is_asked_for_as_much_at_once_as_it_serves_best(seconds, limit):
-    store = Store(f"s3://bucket-{limit}", seconds)
+def test_a_store_is_asked_for_as_much_at_once_as_it_serves_best(seconds, limit, monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(paced, "time", clock)
+    store = Store(f"s3://bucket-{limit}", lambda busy: clock.takes(seconds(busy)))
     readers = []
     store.reader = lambda threads: readers.append(PacedReader(store, threads)) or readers[-1]
     load(store, 1200 << 20, threads=4)
@@ -111,17 +127,17 @@ def test_a_store_is_asked_for_as_much_at_once_as_it_serves_best(seconds, limit):
     assert store.most <= 8
 
 
-def test_what_memory_does_not_allow_is_not_credited():
+def test_what_memory_does_not_allow_is_not_credited(monkeypatch):
     """Twice as many requests are asked for, and half of them wait for staging memory."""
-    most = STAGING_BYTES // BLOCK_BYTES
-    # Long enough that what this machine adds to an answer counts for little.
-    store = Store("s3://bucket-credited", lambda busy: 2 * SECONDS * busy)
+    most, clock = STAGING_BYTES // BLOCK_BYTES, Clock()
+    monkeypatch.setattr(paced, "time", clock)
+    store = Store("s3://bucket-credited", lambda busy: clock.takes(SECONDS * busy))
     readers = []
     store.reader = lambda threads: readers.append(PacedReader(store, threads)) or readers[-1]
     load(store, 0, threads=most, plan=columns(2400 << 20))
     assert most - 2 <= store.most <= most + 2
     known = {way.threads: rate for way, rate in readers[0]._pacer.known.items()}
-    assert known[2 * most] < 1.6 * known[most]  # credited with all, it would be 2
+    assert known[2 * most] < 1.3 * known[most]
 
 
 def test_a_number_that_a_caller_gives_is_kept():
@@ -135,12 +151,13 @@ def test_a_number_that_a_caller_gives_is_kept():
 
 
 def test_what_is_staged_keeps_to_its_budget_with_any_number_of_requests():
-    store = Store("s3://bucket-staged")
+    # Long answers: as many as may are on their way, on a busy machine too.
+    store = Store("s3://bucket-staged", lambda _busy: 10 * SECONDS)
     store.reading = Reading(threads=64)
     load(store, 0, threads=64, plan=columns(512 << 20))
     assert store.most_bytes <= STAGING_BYTES < MEMORY_BYTES
     assert 10 < store.most < 20
-    direct = Store("s3://bucket-direct")
+    direct = Store("s3://bucket-direct", lambda _busy: 10 * SECONDS)
     direct.reading = Reading(threads=64)
     load(direct, 512 << 20, threads=64)
     assert direct.most > store.most  # what goes straight to its place takes none

@@ -5,7 +5,7 @@ are served from it. Everything is planned before the first byte moves.
 
 Copies are cut along their outermost source loop, at the same places for all ranks, so that in one
 pass over several ranks each source byte is read once. Contiguous pieces end where the digest blocks
-of their destination end.
+of their destination end, and, where a grid is given, at its lines in the file.
 
 A rank file is one stream, so its pieces come in the order of their destination. Copies that keep
 the order of their source have it from the start. Transposes, and copies that interleave, do not:
@@ -200,7 +200,8 @@ def plan_reads(
             keyed.extend(_in_dest_order(parts, limits))
             continue
         for whole, file in parts:
-            for piece in _on_grid(_pieces(whole, limits), grid_bytes):
+            made = _pieces(whole, limits)
+            for piece in _on_grid(made, grid_bytes) if grid_bytes else made:
                 keyed.append(((file, piece.begin, slot, piece.move.dest, piece.dest), piece))
     keyed.sort(key=lambda pair: pair[0])
     place = 3 if in_dest_order else 0  # where keys hold the file and the first byte
@@ -514,7 +515,7 @@ def _on_grid(pieces: Iterable[Piece], grid_bytes: int) -> Iterator[Piece]:
     """Yield `pieces`, cut at each multiple of `grid_bytes` in the file where they are direct."""
     for piece in pieces:
         source, dest, loops = piece.move
-        first = grid_bytes - piece.begin % grid_bytes if grid_bytes else piece.end
+        first = grid_bytes - piece.begin % grid_bytes  # bytes to the next line
         if piece.begin + first >= piece.end or not loops or piece.direct_run is None:
             yield piece
             continue

@@ -132,8 +132,7 @@ class _Run:
 
     def gathered(self, read: Read) -> bool:
         """Whether a read needed no staging after all, since a cache held it."""
-        runs = self.target.runs(read) if read.file is not None else None
-        if read.file is None or runs is None:
+        if read.file is None or (runs := self.target.runs(read)) is None:
             return False
         return self.reader.gather(read.file, read.begin, read.end, runs)
 

@@ -307,11 +307,11 @@ def union_size(regions: Iterable[Region]) -> int:
     except NotNested:
         if sum(region.size for region in ordered) > _ELEMENTS:
             raise
-        return len(np.unique(np.concatenate([_elements(region) for region in ordered])))
+        return len(np.unique(np.concatenate([offsets_of(region) for region in ordered])))
 
 
-def _elements(region: Region) -> np.ndarray:
-    """Return the offsets of all elements."""
+def offsets_of(region: Region) -> np.ndarray:
+    """Return the offsets of all elements, int64, in the order of the loops."""
     offsets = np.array([region.offset])
     for n, s in region.loops:
         offsets = (offsets[:, None] + np.arange(n) * s).ravel()

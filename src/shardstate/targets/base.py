@@ -12,7 +12,7 @@ import numpy as np
 from shardstate.buffers import PAGE_BYTES, aligned
 from shardstate.coalesce import Piece, Read, Segment
 from shardstate.dtypes import DTYPES, cast_array, numpy_dtype
-from shardstate.layout import Loop
+from shardstate.layout import Loop, Region, offsets_of
 from shardstate.storage import Arrived, Runs
 
 
@@ -77,11 +77,8 @@ def _rows(loops: tuple[Loop, ...], width: int) -> tuple[np.ndarray, np.ndarray, 
     outer = loops[:-1] if inner > 1 else loops
     if any(source * width < PAGE_BYTES for _, source, _ in outer):
         return None
-    begins = places = np.zeros(1, dtype=np.int64)
-    for n, source, dest in outer:
-        steps = np.arange(n) * width
-        begins = (begins[:, None] + steps * source).reshape(-1)
-        places = (places[:, None] + steps * dest).reshape(-1)
+    begins = offsets_of(Region(0, tuple((n, source * width) for n, source, _ in outer)))
+    places = offsets_of(Region(0, tuple((n, dest * width) for n, _, dest in outer)))
     return begins, places, inner * width, bool((np.diff(places) == inner * width).all())
 
 
