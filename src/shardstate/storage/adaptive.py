@@ -119,14 +119,15 @@ class AdaptiveReader(Reader):
         try:
             self._mapping(name).gather(runs)
         except OSError as error:
-            if self._gathers:
+            with self._storage.opening:  # another thread may fail as well
+                first, self._gathers = self._gathers, False
+            if first:
                 _log.info(
                     "shardstate: %s/%s: rows are read with what lies between them: %s",
                     self._storage.location,
                     name,
                     error,
                 )
-            self._gathers = False
             return False
         self._hits += 1
         return True
